@@ -1,0 +1,631 @@
+/* Level 2: see gpu_plan.h. The rules and the numbers in them are explained where they stand. */
+#include "gpu_plan.h"
+
+#include <string.h>
+
+/* One row per symbol of variants.def. */
+enum family {
+    FAMILY_ROUTE,
+    FAMILY_GATE_UP_STREAM,
+    FAMILY_DOWN_STREAM,
+    FAMILY_GATE_UP_TILE,
+    FAMILY_DOWN_TILE,
+    FAMILY_GATE_UP_WARPGROUP,
+    FAMILY_DOWN_WARPGROUP,
+    FAMILY_COMBINE
+};
+enum { ROUTE_ONE, ROUTE_COUNT, ROUTE_SORT }; /* codes of FAMILY_ROUTE, in is_vector */
+enum element { Bf16 = MPAD_DTYPE_BF16, F16 = MPAD_DTYPE_F16 };
+enum weights { Plain = 16, Bytes = 8, Nibbles = 4 }; /* bits of an element: BITS of hip/types.h */
+
+typedef struct variant {
+    const char *symbol;
+    enum family family;
+    int dtype;
+    int bits;
+    int is_vector;
+    int blocks; /* per multiprocessor */
+    int rows;   /* of a tile's job */
+    int waves, stages;
+} variant;
+
+static const variant VARIANTS[] = {
+#define MPAD_ROUTE(NAME, STAGE, CODE) {.symbol = #NAME, .family = FAMILY_ROUTE, .is_vector = CODE},
+#define MPAD_GATE_UP_STREAM(NAME, TYPE, WEIGHTS, VECTOR, DEPTH, BLOCKS)                            \
+    {#NAME, FAMILY_GATE_UP_STREAM, TYPE, WEIGHTS, VECTOR, BLOCKS, 0, 0, 0},
+#define MPAD_DOWN_STREAM(NAME, TYPE, WEIGHTS, VECTOR, DEPTH, BLOCKS)                               \
+    {#NAME, FAMILY_DOWN_STREAM, TYPE, WEIGHTS, VECTOR, BLOCKS, 0, 0, 0},
+#define MPAD_GATE_UP_TILE(NAME, TYPE, WEIGHTS, VECTOR, BM, WM, WN, STAGES, BLOCKS)                 \
+    {#NAME, FAMILY_GATE_UP_TILE, TYPE, WEIGHTS, VECTOR, BLOCKS, BM, (WM) * (WN), STAGES},
+#define MPAD_DOWN_TILE(NAME, TYPE, WEIGHTS, VECTOR, BM, WM, WN, STAGES, BLOCKS)                    \
+    {#NAME, FAMILY_DOWN_TILE, TYPE, WEIGHTS, VECTOR, BLOCKS, BM, (WM) * (WN), STAGES},
+#define MPAD_GATE_UP_WARPGROUP(NAME, TYPE, BM, STAGES, BLOCKS)                                     \
+    {#NAME, FAMILY_GATE_UP_WARPGROUP, TYPE, Plain, true, BLOCKS, BM, (BM) / 16, STAGES},
+#define MPAD_DOWN_WARPGROUP(NAME, TYPE, BM, STAGES, BLOCKS)                                        \
+    {#NAME, FAMILY_DOWN_WARPGROUP, TYPE, Plain, true, BLOCKS, BM, (BM) / 16, STAGES},
+#define MPAD_COMBINE(NAME, TYPE)                                                                   \
+    {.symbol = #NAME, .family = FAMILY_COMBINE, .dtype = TYPE, .is_vector = true},
+#include "variants.def"
+#undef MPAD_ROUTE
+#undef MPAD_GATE_UP_STREAM
+#undef MPAD_DOWN_STREAM
+#undef MPAD_GATE_UP_TILE
+#undef MPAD_DOWN_TILE
+#undef MPAD_GATE_UP_WARPGROUP
+#undef MPAD_DOWN_WARPGROUP
+#undef MPAD_COMBINE
+};
+enum { N_VARIANT = sizeof(VARIANTS) / sizeof(VARIANTS[0]) };
+
+const char *mpad_gpu_symbol(int variant)
+{
+    return variant >= 0 && variant < N_VARIANT ? VARIANTS[variant].symbol : NULL;
+}
+
+static const struct {
+    const char *name;
+    int dtype, bits;
+} PARTS[] = {
+    [MPAD_PART_BF16] = {"bf16", Bf16, Plain},         [MPAD_PART_F16] = {"f16", F16, Plain},
+    [MPAD_PART_BF16_W8] = {"bf16_w8", Bf16, Bytes},   [MPAD_PART_F16_W8] = {"f16_w8", F16, Bytes},
+    [MPAD_PART_BF16_W4] = {"bf16_w4", Bf16, Nibbles}, [MPAD_PART_F16_W4] = {"f16_w4", F16, Nibbles},
+};
+_Static_assert(sizeof(PARTS) / sizeof(PARTS[0]) == MPAD_PART_COUNT, "a row per part");
+
+const char *mpad_gpu_part_name(int part)
+{
+    return part >= 0 && part < MPAD_PART_COUNT ? PARTS[part].name : NULL;
+}
+
+static int part_find(int dtype, int bits)
+{
+    int part = 0;
+    while (PARTS[part].dtype != dtype || PARTS[part].bits != bits)
+        part++;
+    return part;
+}
+
+/* What serves several parts has no type or no bits. */
+bool mpad_gpu_have_symbol(const mpad_gpu_target *target, int part, int variant)
+{
+    const struct variant *v = &VARIANTS[variant];
+    bool is_wgmma = v->family == FAMILY_GATE_UP_WARPGROUP || v->family == FAMILY_DOWN_WARPGROUP;
+    bool is_tile = v->family == FAMILY_GATE_UP_TILE || v->family == FAMILY_DOWN_TILE;
+    return (!v->dtype || v->dtype == PARTS[part].dtype) &&
+           (!v->bits || v->bits == PARTS[part].bits) && (target->have_wgmma || !is_wgmma) &&
+           (target->have_tile || !is_tile);
+}
+
+/* Bits of a weight as it is stored. */
+static int weight_bits(const mpad_moe *moe)
+{
+    return moe->quant == MPAD_QUANT_NONE        ? Plain
+           : moe->weight_dtype == MPAD_DTYPE_U8 ? Nibbles
+                                                : Bytes;
+}
+
+static bool is_of(const variant *v, enum family family, int dtype, int bits, int is_vector)
+{
+    return v->family == family && v->dtype == dtype && v->bits == bits && v->is_vector == is_vector;
+}
+
+static int variant_find(enum family family, int dtype, int bits, int is_vector)
+{
+    for (int i = 0; i < N_VARIANT; i++)
+        if (is_of(&VARIANTS[i], family, dtype, bits, is_vector))
+            return i;
+    return -1;
+}
+
+mpad_code mpad_gpu_target_make(const char *arch, int n_multiprocessor, mpad_gpu_target *target,
+                               mpad_status *status)
+{
+    enum { KIB = 1024 };
+    static const mpad_gpu_target known[] = {
+        /* name, amd, wgmma, tile, dependent, wave, units, LDS of a block, of a unit, tokens, pitch
+         */
+        {"gfx90a", true, false, true, false, 64, 0, 64 * KIB, 64 * KIB, 16, 16},
+        {"gfx942", true, false, true, false, 64, 0, 64 * KIB, 64 * KIB, 16, 16},
+        {"gfx950", true, false, true, false, 64, 0, 64 * KIB, 160 * KIB, 16, 16},
+        {"gfx1100", true, false, false, false, 32, 0, 64 * KIB, 128 * KIB, 16, 16},
+        {"gfx1201", true, false, false, false, 32, 0, 64 * KIB, 128 * KIB, 16, 16},
+        {"sm_80", false, false, true, false, 32, 0, 163 * KIB, 164 * KIB, 8, 64},
+        {"sm_90", false, false, true, true, 32, 0, 227 * KIB, 228 * KIB, 8, 64},
+        {"sm_90a", false, true, true, true, 32, 0, 227 * KIB, 228 * KIB, 8, 64},
+    };
+    size_t n = strcspn(arch, ":");
+    for (size_t i = 0; i < sizeof(known) / sizeof(known[0]); i++) {
+        if (strlen(known[i].name) == n && memcmp(known[i].name, arch, n) == 0) {
+            *target = known[i];
+            target->n_multiprocessor = n_multiprocessor > 0 ? n_multiprocessor : 1;
+            return MPAD_OK;
+        }
+    }
+    return mpad_fail(status, MPAD_UNSUPPORTED,
+                     "arch: no kernels for %s; known: gfx90a, gfx942, gfx950, gfx1100, gfx1201, "
+                     "sm_80, sm_90, sm_90a",
+                     arch);
+}
+
+static int64_t round_up(int64_t n, int64_t to)
+{
+    return (n + to - 1) / to * to;
+}
+
+static int64_t smaller(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static bool is_16_byte(const void *pointer, int64_t ld)
+{
+    return (uintptr_t)pointer % 16 == 0 && ld % 8 == 0;
+}
+
+/* Rows start on the bytes of a chunk, 8 elements. Strides count stored elements. */
+static bool is_chunked(const void *pointer, int bits, int64_t ld0, int64_t ld1, int64_t ld2)
+{
+    int n_element = bits < 8 ? 4 : 8; /* stored elements of a chunk */
+    return (uintptr_t)pointer % (unsigned)bits == 0 && ld0 % n_element == 0 &&
+           ld1 % n_element == 0 && ld2 % n_element == 0;
+}
+
+static bool is_vector_gate_up(const mpad_moe *moe)
+{
+    return is_16_byte(moe->hidden, moe->ld_hidden) &&
+           is_chunked(moe->w13, weight_bits(moe), moe->w13_ld_expert, moe->w13_ld_row,
+                      moe->is_gated ? moe->w13_up_offset : 0);
+}
+
+static bool is_vector_down(const mpad_moe *moe)
+{
+    return is_chunked(moe->w2, weight_bits(moe), moe->w2_ld_expert, moe->w2_ld_row, 0) &&
+           moe->n_inter % 8 == 0;
+}
+
+/* Bytes of one expert's weights, up to the last logical element. */
+static int64_t expert_bytes(int bits, int64_t last_row, int64_t n_column)
+{
+    return bits == Plain ? (last_row + n_column) * 2 : last_row + (n_column * bits + 7) / 8;
+}
+
+static int64_t w13_bytes(const mpad_moe *moe)
+{
+    int64_t up_offset = moe->is_gated ? moe->w13_up_offset : 0;
+    return expert_bytes(weight_bits(moe), (moe->n_inter - 1) * moe->w13_ld_row + up_offset,
+                        moe->n_hidden);
+}
+
+static int64_t w2_bytes(const mpad_moe *moe)
+{
+    return expert_bytes(weight_bits(moe), (moe->n_hidden - 1) * moe->w2_ld_row, moe->n_inter);
+}
+
+/* How each float8 and float4 becomes bf16 and f16; see mpad_gpu_stored_float. A row's numbers
+ * follow from the formats: the shift from their bits of mantissa, the factor from their biases. */
+static const struct {
+    mpad_dtype stored, dtype;
+    unsigned shift, factor, special_xor, special_add, special_keep, special;
+} FLOATS[] = {
+    /* stored, T, shift, factor, xor, add, keep, special */
+    {MPAD_DTYPE_F8_E4M3FN, MPAD_DTYPE_BF16, 4, 0x7b80, 0, 0x01, 0x80, 0x7fc0},
+    {MPAD_DTYPE_F8_E4M3FN, MPAD_DTYPE_F16, 1, 0x5c00, 0, 0x01, 0x80, 0x7e00},
+    {MPAD_DTYPE_F8_E4M3FNUZ, MPAD_DTYPE_BF16, 4, 0x7b00, 0x7f, 0x01, 0, 0x7fc0},
+    {MPAD_DTYPE_F8_E4M3FNUZ, MPAD_DTYPE_F16, 1, 0x5800, 0x7f, 0x01, 0, 0x7e00},
+    {MPAD_DTYPE_F8_E5M2, MPAD_DTYPE_BF16, 3, 0x7780, 0, 0x04, 0x80, 0x7f80},
+    {MPAD_DTYPE_F8_E5M2, MPAD_DTYPE_F16, 0, 0x3c00, 0, 0, 0x80, 0}, /* the high byte of an f16 */
+    {MPAD_DTYPE_U8, MPAD_DTYPE_BF16, 6, 0x7e80, 0, 0, 0, 0},        /* e2m1: none is special */
+    {MPAD_DTYPE_U8, MPAD_DTYPE_F16, 3, 0x7400, 0, 0, 0, 0},
+};
+
+static mpad_gpu_stored_float stored_float(const mpad_moe *moe)
+{
+    for (size_t i = 0; i < sizeof FLOATS / sizeof FLOATS[0]; i++)
+        if (FLOATS[i].stored == moe->weight_dtype && FLOATS[i].dtype == moe->dtype)
+            return (mpad_gpu_stored_float){
+                .shift = FLOATS[i].shift,
+                .factor = FLOATS[i].factor * 0x10001u,
+                .special_xor = FLOATS[i].special_xor * 0x01010101u,
+                .special_add = FLOATS[i].special_add * 0x01010101u,
+                .special_keep = FLOATS[i].special_keep * 0x01010101u,
+                .special = FLOATS[i].special,
+            };
+    return (mpad_gpu_stored_float){0};
+}
+
+static bool is_power_of_two(int64_t n)
+{
+    return n > 0 && (n & (n - 1)) == 0;
+}
+
+/* A slab's 32 columns have one scale per row. */
+static mpad_code check_scale(const mpad_scale *scale, const char *name, mpad_status *status)
+{
+    MPAD_REQUIRE(
+        is_power_of_two(scale->block_row) || scale->ld_row == 0, status, MPAD_UNSUPPORTED,
+        "block: on a GPU rows of a power of two, got %lld (%s); run on the CPU, or load with "
+        "scales of other blocks",
+        (long long)scale->block_row, name);
+    MPAD_REQUIRE((is_power_of_two(scale->block_column) && scale->block_column >= 32) ||
+                     scale->ld_column == 0,
+                 status, MPAD_UNSUPPORTED,
+                 "block: on a GPU columns of a power of two from 32 on, got %lld (%s); run on the "
+                 "CPU, or load with scales of other blocks",
+                 (long long)scale->block_column, name);
+    MPAD_REQUIRE(scale->column_phase % 32 == 0 || scale->ld_column == 0, status, MPAD_UNSUPPORTED,
+                 "scale_phase: on a GPU a multiple of 32, got %lld; run on the CPU, or split by 32 "
+                 "columns",
+                 (long long)scale->column_phase);
+    return MPAD_OK;
+}
+
+static mpad_code check_quant(const mpad_gpu_target *target, const mpad_moe *moe,
+                             mpad_status *status)
+{
+    if (moe->quant == MPAD_QUANT_NONE)
+        return MPAD_OK;
+    bool is_flushed = strcmp(target->name, "gfx90a") == 0 &&
+                      moe->weight_dtype == MPAD_DTYPE_F8_E5M2 && moe->dtype == MPAD_DTYPE_F16;
+    MPAD_REQUIRE(!is_flushed, status, MPAD_UNSUPPORTED,
+                 "hidden_states: with f8_e5m2 weights on %s bf16, got f16: its matrix instructions "
+                 "take subnormal f16 as zero, and float8 matrix instructions it has none; convert, "
+                 "or run on the CPU",
+                 target->name);
+    MPAD_TRY(check_scale(&moe->w13_scale, "w13_scale", status));
+    return check_scale(&moe->w2_scale, "w2_scale", status);
+}
+
+static mpad_code check(const mpad_gpu_target *target, const mpad_moe *moe, mpad_status *status)
+{
+    const int64_t limit = INT64_C(1) << 31;
+    MPAD_REQUIRE(moe->dtype == MPAD_DTYPE_BF16 || moe->dtype == MPAD_DTYPE_F16, status,
+                 MPAD_UNSUPPORTED,
+                 "hidden_states: on a GPU bf16 or f16; convert, or run on the CPU");
+    MPAD_REQUIRE(moe->n_hidden % 8 == 0, status, MPAD_UNSUPPORTED,
+                 "n_hidden: on a GPU a multiple of 8, got %lld; pad the model width with zeros",
+                 (long long)moe->n_hidden);
+    MPAD_REQUIRE(moe->n_topk <= 32, status, MPAD_UNSUPPORTED,
+                 "topk_ids: on a GPU at most 32 slots per token, got %lld", (long long)moe->n_topk);
+    MPAD_REQUIRE(moe->n_expert <= 1024, status, MPAD_UNSUPPORTED,
+                 "w13: on a GPU at most 1024 experts, got %lld", (long long)moe->n_expert);
+    MPAD_REQUIRE(moe->n_token_pad * moe->n_topk < limit / 64, status, MPAD_UNSUPPORTED,
+                 "topk_ids: too many slots for one call on a GPU: %lld x %lld",
+                 (long long)moe->n_token_pad, (long long)moe->n_topk);
+    MPAD_REQUIRE(w13_bytes(moe) < limit && w2_bytes(moe) < limit, status, MPAD_UNSUPPORTED,
+                 "w13, w2: one expert's weights must stay below 2 GiB on a GPU");
+    return check_quant(target, moe, status);
+}
+
+static void launch_add(const mpad_gpu_target *target, mpad_gpu_plan *plan, int variant,
+                       int64_t grid, int block, int lds_bytes)
+{
+    plan->launch[plan->n_launch++] = (mpad_gpu_launch){
+        .symbol = VARIANTS[variant].symbol,
+        .variant = variant,
+        .grid = (unsigned)grid,
+        .block = (unsigned)block,
+        .lds_bytes = (unsigned)lds_bytes,
+        .is_dependent = target->have_dependent_launch,
+    };
+}
+
+/* Takes the next part of the workspace and returns its offset. */
+static int64_t workspace_take(mpad_gpu_plan *plan, int64_t n_bytes)
+{
+    int64_t offset = plan->workspace_bytes;
+    plan->workspace_bytes += round_up(n_bytes, 256);
+    return offset;
+}
+
+/* The sorted order in the workspace, by one block or, beyond a few thousand pairs, by several. */
+static void plan_route(const mpad_gpu_target *target, const mpad_moe *moe, mpad_gpu_plan *plan)
+{
+    enum { PAIRS_PER_BLOCK = 1024, MAX_BLOCK = 128 };
+    int64_t n_pair = moe->n_token * moe->n_topk;
+    plan->is_sorted = 1;
+    int lds_one = mpad_lds_sort((int)n_pair, (int)moe->n_expert);
+    bool is_one = n_pair <= MPAD_ROUTE_ONE_MAX && lds_one <= target->lds_bytes;
+    plan->n_sort_block =
+        is_one ? 1 : (int)smaller((n_pair + PAIRS_PER_BLOCK - 1) / PAIRS_PER_BLOCK, MAX_BLOCK);
+    plan->perm = workspace_take(plan, n_pair * 4);
+    plan->slot = workspace_take(plan, n_pair * 4);
+    plan->pair_weight = workspace_take(plan, n_pair * 4);
+    /* Rows of a job depend on pointers, the workspace must not: room for jobs of one row. */
+    plan->job = workspace_take(plan, n_pair * (int64_t)sizeof(mpad_gpu_job));
+    plan->n_job = workspace_take(plan, 4);
+    if (is_one) {
+        launch_add(target, plan, variant_find(FAMILY_ROUTE, 0, 0, ROUTE_ONE), 1, MPAD_ROUTE_THREADS,
+                   lds_one);
+        return;
+    }
+    /* A wave's counts of 1024 experts take 4 KiB of LDS. */
+    int n_wave = moe->n_expert > 256 ? 8 : MPAD_ROUTE_THREADS / target->wave;
+    int lds = mpad_lds_route(n_wave, (int)moe->n_expert);
+    plan->count = workspace_take(plan, plan->n_sort_block * moe->n_expert * 4);
+    launch_add(target, plan, variant_find(FAMILY_ROUTE, 0, 0, ROUTE_COUNT), plan->n_sort_block,
+               n_wave * target->wave, lds);
+    launch_add(target, plan, variant_find(FAMILY_ROUTE, 0, 0, ROUTE_SORT), plan->n_sort_block,
+               n_wave * target->wave, lds);
+}
+
+/* Few rows per expert: the weights stream through registers, once. */
+static mpad_code plan_stream(const mpad_gpu_target *target, const mpad_moe *moe, bool is_inline,
+                             mpad_gpu_plan *plan, mpad_status *status)
+{
+    int n_pair = (int)(moe->n_token * moe->n_topk), n_inline = is_inline ? n_pair : 0;
+    int block = MPAD_STREAM_WAVES * target->wave;
+    int dtype = (int)moe->dtype, bits = weight_bits(moe);
+    int gate_up = variant_find(FAMILY_GATE_UP_STREAM, dtype, bits, is_vector_gate_up(moe));
+    /* A block of the second product owns columns; all blocks should run at once, evenly spread:
+     * the fewer they are, the deeper each one's queue of loads and the fewer share a
+     * multiprocessor. */
+    int64_t n_down = (moe->n_hidden + MPAD_STREAM_COLUMNS - 1) / MPAD_STREAM_COLUMNS;
+    bool is_vector = is_vector_down(moe);
+    int down = variant_find(FAMILY_DOWN_STREAM, dtype, bits, is_vector);
+    for (int v = down; is_vector && v < N_VARIANT; v++) {
+        if (!is_of(&VARIANTS[v], FAMILY_DOWN_STREAM, dtype, bits, is_vector))
+            break;
+        down = v; /* rows of the table are by blocks, ascending */
+        if (n_down <= (int64_t)VARIANTS[v].blocks * target->n_multiprocessor)
+            break;
+    }
+
+    /* Rows of a job: a token chooses an expert once as a rule, so n_token bounds them. Rows beyond
+     * a job's cost a second pass over the weights; a smaller LDS buffer lets more blocks share a
+     * multiprocessor. Twice the mean and two keeps second passes rare. */
+    int64_t mean = n_pair / (moe->n_expert > 0 ? moe->n_expert : 1);
+    int64_t want = smaller(smaller(moe->n_token, 2 * mean + 2), target->token_tile);
+    int n_row = 1, lds = 0;
+    while (n_row < want)
+        n_row *= 2;
+    for (;; n_row /= 2) {
+        lds = mpad_lds_gate_up(n_inline, (int)moe->n_expert, (int)moe->n_hidden, n_row,
+                               target->lds_pitch, target->token_tile);
+        if (lds * 2 + 2048 <= target->lds_multiprocessor || n_row == 1)
+            break;
+    }
+    MPAD_REQUIRE(
+        lds <= target->lds_bytes, status, MPAD_UNSUPPORTED,
+        "n_hidden: %lld is too wide for %s: a row of hidden_states must fit LDS (%d bytes)",
+        (long long)moe->n_hidden, target->name, target->lds_bytes);
+    plan->n_row_job = n_row;
+    plan->n_column_tile_gate_up =
+        (int)((moe->n_inter + (moe->is_gated ? 7 : 15)) / (moe->is_gated ? 8 : 16));
+    plan->n_column_tile_down =
+        (int)((moe->n_hidden + MPAD_STREAM_COLUMNS - 1) / MPAD_STREAM_COLUMNS);
+    if (!is_inline)
+        plan_route(target, moe, plan);
+
+    /* Blocks take equal runs of tiles; a grid of whole rounds over what fits at once would leave
+     * some with one tile more than others where there are few. */
+    int fits = target->lds_multiprocessor / (lds + 1024);
+    fits = fits > VARIANTS[gate_up].blocks ? VARIANTS[gate_up].blocks : fits > 0 ? fits : 1;
+    int64_t n_slot = (int64_t)target->n_multiprocessor * fits;
+    int64_t n_job = smaller(n_pair, moe->n_expert + n_pair / n_row);
+    int64_t n_tile = n_job * plan->n_column_tile_gate_up;
+    int64_t n_round = (n_tile + n_slot - 1) / n_slot;
+    int64_t grid = n_round > 0 ? (n_tile + n_round - 1) / n_round : 0;
+    if (grid > 0)
+        launch_add(target, plan, gate_up, grid, block, lds);
+    launch_add(target, plan, down, plan->n_column_tile_down, block,
+               mpad_lds_down(n_pair, n_inline, (int)moe->n_expert));
+    return MPAD_OK;
+}
+
+/* The variant of a tile family whose jobs hold `want` rows, or the most there are. */
+static int tile_find(enum family family, int dtype, int bits, int is_vector, int64_t want)
+{
+    int best = -1;
+    for (int i = 0; i < N_VARIANT; i++) {
+        const variant *v = &VARIANTS[i];
+        if (!is_of(v, family, dtype, bits, is_vector))
+            continue;
+        bool is_enough = best >= 0 && VARIANTS[best].rows >= want;
+        if (best < 0 || (is_enough ? v->rows >= want && v->rows < VARIANTS[best].rows
+                                   : v->rows > VARIANTS[best].rows))
+            best = i;
+    }
+    return best;
+}
+
+static void tile_add(const mpad_gpu_target *target, mpad_gpu_plan *plan, int variant, int64_t grid)
+{
+    const struct variant *v = &VARIANTS[variant];
+    int n_stage = target->is_amd && v->stages > 2 ? 2 : v->stages; /* TILE_MAX_STAGES */
+    if (grid > 0)
+        launch_add(target, plan, variant, grid, v->waves * target->wave,
+                   v->bits == Plain ? mpad_lds_tile(v->rows, n_stage)
+                                    : mpad_lds_tile_stored(v->rows));
+}
+
+/* Many rows per expert: two grouped products through LDS and a sum over the slots. */
+static mpad_code plan_tile(const mpad_gpu_target *target, const mpad_moe *moe, mpad_gpu_plan *plan,
+                           mpad_status *status)
+{
+    const int64_t limit = INT64_C(1) << (target->is_amd ? 31 : 32);
+    MPAD_REQUIRE(((moe->n_token - 1) * moe->ld_hidden + moe->n_hidden) * 2 < limit, status,
+                 MPAD_UNSUPPORTED,
+                 "hidden_states: its rows must lie within %lld bytes on %s; split the call",
+                 (long long)limit, target->name);
+    int64_t n_pair = moe->n_token * moe->n_topk;
+    /* Half again the mean covers most experts with one job; a second one reads the weights again.
+     */
+    int64_t mean = n_pair / (moe->n_expert > 0 ? moe->n_expert : 1), want = mean + (mean + 1) / 2;
+    int dtype = (int)moe->dtype, bits = weight_bits(moe);
+    bool is_vector = is_vector_gate_up(moe) && is_vector_down(moe); /* they share the job list */
+    bool is_wgmma = target->have_wgmma && is_vector && bits == Plain && want > 32;
+    int gate_up = tile_find(is_wgmma ? FAMILY_GATE_UP_WARPGROUP : FAMILY_GATE_UP_TILE, dtype, bits,
+                            is_vector, want);
+    plan->n_row_job = VARIANTS[gate_up].rows;
+    plan_route(target, moe, plan);
+    plan->ld_route = moe->n_hidden;
+    plan->route = workspace_take(plan, n_pair * plan->ld_route * 2);
+    int width = moe->is_gated ? 64 : 128; /* TILE_HALF, TILE_B */
+    plan->n_column_tile_gate_up = (int)((moe->n_inter + width - 1) / width);
+    plan->n_column_tile_down = (int)((moe->n_hidden + 127) / 128);
+    int64_t n_job = smaller(n_pair, moe->n_expert + n_pair / plan->n_row_job);
+    tile_add(target, plan, gate_up, n_job * plan->n_column_tile_gate_up);
+    int down = tile_find(is_wgmma ? FAMILY_DOWN_WARPGROUP : FAMILY_DOWN_TILE, dtype, bits,
+                         is_vector, plan->n_row_job);
+    tile_add(target, plan, down, n_job * plan->n_column_tile_down);
+    int64_t columns = 8 * MPAD_COMBINE_THREADS;
+    launch_add(target, plan, variant_find(FAMILY_COMBINE, (int)moe->dtype, 0, true),
+               moe->n_token_pad * ((moe->n_hidden_pad + columns - 1) / columns),
+               MPAD_COMBINE_THREADS, 0);
+    return MPAD_OK;
+}
+
+mpad_code mpad_gpu_plan_make(const mpad_gpu_target *target, const mpad_moe *moe,
+                             mpad_gpu_plan *plan, mpad_status *status)
+{
+    MPAD_TRY(check(target, moe, status));
+    *plan = (mpad_gpu_plan){.route = -1, .perm = -1, .slot = -1, .pair_weight = -1};
+    plan->job = plan->n_job = plan->count = -1;
+    plan->part = part_find((int)moe->dtype, weight_bits(moe));
+    if (moe->n_token_pad == 0 || moe->n_hidden_pad == 0)
+        return MPAD_OK;
+    int64_t n_pair = moe->n_token * moe->n_topk;
+    plan->ld_inter = round_up(moe->n_inter, 32);
+    plan->inter = workspace_take(plan, n_pair * plan->ld_inter * 2);
+    /* Up to 16 tokens of 8 slots the two stream kernels win, beyond the tiles' four launches; on
+     * Hopper up to 32. 896: of 64 bytes of LDS in 64 KiB. */
+    int64_t n_stream = !target->have_tile ? 896 : target->have_dependent_launch ? 256 : 128;
+    if (n_pair <= n_stream) {
+        bool is_inline = n_pair <= MPAD_SORT_INLINE_MAX;
+        plan->regime = is_inline ? "decode" : "middle";
+        return plan_stream(target, moe, is_inline, plan, status);
+    }
+    MPAD_REQUIRE(
+        target->have_tile, status, MPAD_UNSUPPORTED,
+        "hidden_states: at most %lld slots (tokens * top-k) per call on %s, got %lld; split "
+        "the call",
+        (long long)n_stream, target->name, (long long)n_pair);
+    plan->regime = "prefill";
+    return plan_tile(target, moe, plan, status);
+}
+
+static int element_code(mpad_dtype dtype)
+{
+    switch (dtype) {
+    case MPAD_DTYPE_BF16:
+        return MPAD_GPU_BF16;
+    case MPAD_DTYPE_F16:
+        return MPAD_GPU_F16;
+    case MPAD_DTYPE_I32:
+        return MPAD_GPU_I32;
+    case MPAD_DTYPE_I64:
+        return MPAD_GPU_I64;
+    case MPAD_DTYPE_F8_E8M0:
+        return MPAD_GPU_E8M0;
+    default:
+        return MPAD_GPU_F32;
+    }
+}
+
+static int log2_of(int n)
+{
+    int log2 = 0;
+    while (n >> log2 > 1)
+        log2++;
+    return log2;
+}
+
+static void *workspace_at(void *workspace, int64_t offset)
+{
+    return offset < 0 ? NULL : (char *)workspace + offset;
+}
+
+static mpad_gpu_scale scale_make(const mpad_scale *scale)
+{
+    enum { ALL_COLUMNS = 30 }; /* log2 of more columns than there are */
+    bool by_column = scale->ld_column != 0;
+    return (mpad_gpu_scale){
+        .data = scale->data,
+        .ld_expert = scale->ld_expert,
+        .ld_row = (int)scale->ld_row,
+        .ld_column = (int)scale->ld_column,
+        .up_offset = (int)scale->up_offset,
+        .row_log2 = scale->ld_row != 0 ? log2_of((int)scale->block_row) : 0,
+        .column_log2 = by_column ? log2_of((int)scale->block_column) : ALL_COLUMNS,
+        .row_phase = (int)scale->row_phase,
+        .column_phase = by_column ? (int)scale->column_phase : 0,
+        .type = element_code(scale->dtype),
+    };
+}
+
+void mpad_gpu_args_make(const mpad_gpu_plan *plan, const mpad_moe *moe, const void *n_token_d,
+                        mpad_dtype n_token_type, void *workspace, mpad_gpu_args *args)
+{
+    int64_t up_offset = moe->is_gated ? moe->w13_up_offset : 0;
+    *args = (mpad_gpu_args){
+        .hidden = moe->hidden,
+        .out = moe->out,
+        .w13 = moe->w13,
+        .w2 = moe->w2,
+        .w13_bias = moe->w13_bias,
+        .w2_bias = moe->w2_bias,
+        .topk_weights = moe->topk_weights,
+        .topk_ids = moe->topk_ids,
+        .expert_map = moe->expert_map,
+        .n_token_d = n_token_d,
+        .inter = workspace_at(workspace, plan->inter),
+        .route = workspace_at(workspace, plan->route),
+        .perm = workspace_at(workspace, plan->perm),
+        .slot = workspace_at(workspace, plan->slot),
+        .pair_weight = workspace_at(workspace, plan->pair_weight),
+        .job = workspace_at(workspace, plan->job),
+        .n_job = workspace_at(workspace, plan->n_job),
+        .count = workspace_at(workspace, plan->count),
+        .ld_hidden = moe->ld_hidden,
+        .ld_out = moe->ld_out,
+        .w13_ld_expert = moe->w13_ld_expert,
+        .w2_ld_expert = moe->w2_ld_expert,
+        .w13_bias_ld_expert = moe->w13_bias_ld_expert,
+        .w2_bias_ld_expert = moe->w2_bias_ld_expert,
+        .w13_bias_ld_row = moe->w13_bias_ld_row,
+        .w13_bias_up_offset = moe->w13_bias_up_offset,
+        .ld_topk_weights = moe->ld_topk_weights,
+        .ld_topk_ids = moe->ld_topk_ids,
+        .ld_inter = plan->ld_inter,
+        .ld_route = plan->ld_route,
+        .w13_ld_row = (int)moe->w13_ld_row,
+        .w13_up_offset = (int)up_offset,
+        .w2_ld_row = (int)moe->w2_ld_row,
+        .w13_bytes = moe->n_inter > 0 ? (int)w13_bytes(moe) : 0,
+        .w2_bytes = moe->n_inter > 0 ? (int)w2_bytes(moe) : 0,
+        .n_token = (int)moe->n_token,
+        .n_token_pad = (int)moe->n_token_pad,
+        .n_topk = (int)moe->n_topk,
+        .n_pair = (int)(moe->n_token * moe->n_topk),
+        .n_expert = (int)moe->n_expert,
+        .n_expert_global = (int)moe->n_expert_global,
+        .n_hidden = (int)moe->n_hidden,
+        .n_hidden_pad = (int)moe->n_hidden_pad,
+        .n_inter = (int)moe->n_inter,
+        .act = (int)moe->act,
+        .is_gated = moe->is_gated,
+        .is_weight_on_input = moe->is_weight_on_input,
+        .routed_scaling = moe->routed_scaling,
+        .swiglu_alpha = moe->swiglu_alpha,
+        .swiglu_limit = moe->swiglu_limit,
+        .w13_bias_type = element_code(moe->w13_bias_dtype),
+        .w2_bias_type = element_code(moe->w2_bias_dtype),
+        .topk_weights_type = element_code(moe->topk_weights_dtype),
+        .topk_ids_type = element_code(moe->topk_ids_dtype),
+        .expert_map_type = element_code(moe->expert_map_dtype),
+        .n_token_type = element_code(n_token_type),
+        .w13_scale = scale_make(&moe->w13_scale),
+        .w2_scale = scale_make(&moe->w2_scale),
+        .stored_float = stored_float(moe),
+        .is_weight_integer =
+            moe->quant == MPAD_QUANT_INT8_CHANNEL || moe->quant == MPAD_QUANT_INT4_GROUP,
+        .n_row_job = plan->n_row_job,
+        .row_job_log2 = log2_of(plan->n_row_job),
+        .topk_reciprocal =
+            moe->n_topk > 1 ? (unsigned)(((INT64_C(1) << 32) + moe->n_topk - 1) / moe->n_topk) : 0,
+        .is_sorted = plan->is_sorted,
+        .n_sort_block = plan->n_sort_block,
+        .n_column_tile_gate_up = plan->n_column_tile_gate_up,
+        .n_column_tile_down = plan->n_column_tile_down,
+    };
+}
