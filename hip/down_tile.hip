@@ -1,0 +1,83 @@
+// Level 4: the second product for many rows per expert: route[position] = weight * (W2 inter + b),
+// rounded. The sum over a token's slots is combine.hip's.
+
+#include "epilogue.h"
+#include "route.h"
+#include "tile_stored.h"
+
+// Grid: jobs at most times column tiles of 128; block: WM x WN waves. LDS: the tile's stages.
+template <class T, class W, bool VECTOR, int BM, int WM, int WN, int STAGES, bool WARPGROUP>
+DEV void down_tile(const mpad_gpu_args &a)
+{
+    args_prefetch(a);
+    launch_wait();
+    launch_release();
+    int n_tile = a.n_column_tile_down, j = (int)block_id() / n_tile;
+    if (j >= *a.n_job)
+        return;
+    mpad_gpu_job job = a.job[j];
+    int expert = wave_uniform(job.expert), first = wave_uniform(job.first);
+    int rows = wave_uniform(job.rows), column0 = ((int)block_id() - j * n_tile) * TILE_B;
+
+    StoredTile<T, W, VECTOR, BM, WM, WN, STAGES, WARPGROUP> tile;
+    constexpr int ITEM = W::BITS < 16 ? 1 : 2; // bytes of a stored element
+    tile.clear(a.n_inter);
+    tile.a = buffer_make((const u16 *)a.inter + first * a.ld_inter, (u32)(rows * a.ld_inter) * 2);
+    UNROLL for (int i = 0; i < tile.A_LOADS; i++)
+    {
+        int r = tile.a_index(i);
+        tile.a_row(i, r < rows, (u32)(r * (int)a.ld_inter) * 2);
+    }
+    tile.b = buffer_make((const char *)a.w2 + expert * a.w2_ld_expert * ITEM, (u32)a.w2_bytes);
+    int n = a.n_hidden - column0;
+    tile.b_rows((u32)(column0 * a.w2_ld_row), a.w2_ld_row, TILE_HALF * a.w2_ld_row, n,
+                n - TILE_HALF);
+    if constexpr (W::BITS < 16)
+        tile.scales(a.w2_scale, expert, 0, column0, n, 0, column0 + TILE_HALF, n - TILE_HALF);
+    tile.run(a, a.w2_scale, rows);
+
+    u16 *route = (u16 *)a.route + first * a.ld_route;
+    tile.finish([&](int m, int n, float (&x)[8], float (&y)[8]) {
+        if (m >= rows)
+            return;
+        float weight = a.is_weight_on_input ? 1.f : a.pair_weight[first + m];
+        int c = column0 + n, d = c + TILE_HALF;
+        if (a.w2_bias) {
+            UNROLL for (int i = 0; i < 8; i++)
+            {
+                x[i] += c < a.n_hidden ? w2_bias(a, expert, c + i) : 0.f;
+                y[i] += d < a.n_hidden ? w2_bias(a, expert, d + i) : 0.f;
+            }
+        }
+        UNROLL for (int i = 0; i < 8; i++)
+        {
+            x[i] *= weight;
+            y[i] *= weight;
+        }
+        u16 *to = route + m * a.ld_route;
+        if (c < a.n_hidden)
+            *(u4 *)(to + c) = pack8<T>(x);
+        if (d < a.n_hidden)
+            *(u4 *)(to + d) = pack8<T>(y);
+    });
+}
+
+#if MPAD_HAVE_TILE
+#    define MPAD_DOWN_TILE(NAME, TYPE, WEIGHTS, VECTOR, BM, WM, WN, STAGES, BLOCKS)                \
+        MPAD_KERNEL((WM) * (WN) * WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                    \
+        {                                                                                          \
+            down_tile<TYPE, WEIGHTS, VECTOR, BM, WM, WN, STAGES, false>(a);                        \
+        }
+#else
+#    define MPAD_DOWN_TILE(NAME, TYPE, WEIGHTS, VECTOR, BM, WM, WN, STAGES, BLOCKS)
+#endif
+
+#if MPAD_HAVE_WGMMA
+#    define MPAD_DOWN_WARPGROUP(NAME, TYPE, BM, STAGES, BLOCKS)                                    \
+        MPAD_KERNEL((BM) / 64 * 4 * WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                  \
+        {                                                                                          \
+            down_tile<TYPE, Plain, true, BM, (BM) / 64, 4, STAGES, true>(a);                       \
+        }
+#else
+#    define MPAD_DOWN_WARPGROUP(NAME, TYPE, BM, STAGES, BLOCKS)
+#endif

@@ -1,0 +1,9 @@
+// Level 5: the device image: all kernels of csrc/variants.def in one translation unit.
+#include "route.hip"
+#include "gate_up.hip"
+#include "down.hip"
+#include "gate_up_tile.hip"
+#include "down_tile.hip"
+#include "combine.hip"
+
+#include "../csrc/variants.def"
