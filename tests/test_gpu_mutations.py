@@ -1,0 +1,140 @@
+"""Mistakes on purpose in the project's own kernels: the tests of emulated GPUs find each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import fakehip
+import moepad
+import numpy as np
+import pytest
+from cases import Call, Case, build, solve
+from emulator import EmulatorError
+from emulator.support import compile_text
+from fakehip import bridge
+from moepad import compiler
+from moepad.testing import check_close
+from test_gpu import emulating, padded, run
+
+ARCH, DTYPE = "gfx942", "bf16"
+DEVICE = fakehip.ARCHS.index(ARCH)
+LOADED: list[Any] = []  # what a device has loaded stays in its memory
+FAULTS = (EmulatorError, AssertionError, moepad.DeviceError)
+# Few rows per expert, many, and most; odd sizes, so that tails and masks are at work.
+CASES = {
+    "decode": Case("mutated", "", n_token=48, n_hidden=136, n_inter=44),
+    "middle": Case("mutated", "", n_token=65, n_hidden=136, n_inter=72),
+    "prefill": Case("mutated", "", n_token=140, n_topk=1, n_expert=2, n_hidden=72, n_inter=40),
+}
+
+# What is wrong, the kernels it is put into, the regime that meets it, the text before and after.
+MISTAKES = [
+    ("no mask where k ends", "gate_up_stream", "decode",
+     r"load16_stream\(r\.b, at, left > 0\)", "load16_stream(r.b, at, true)"),
+    ("no mask where the columns end", "gate_up_stream", "decode",
+     r"any && column < a\.n_inter \?", "any ?"),
+    ("two rows of the weights' lane map swapped", "gate_up_stream", "decode",
+     r"(MPAD_MAP == 1 .*?weight_row\(int, int lane\)\s*\{\s*return) lane & 15;",
+     r"\1 (lane & 15) ^ ((lane & 14) == 2);"),
+    ("two chunks of the tokens' lane map swapped", "gate_up_stream", "decode",
+     r"(MPAD_MAP == 1 .*?token_chunk\(int, int lane\)\s*\{\s*return) lane >> 4;",
+     r"\1 lane >> 4 ^ (lane >> 5);"),
+    ("the swizzle forgotten on one side", "gate_up_tile64", "middle",
+     r"\(row \* 8 \+ \(chunk \^ \(row & 7\)\)\)", "(row * 8 + chunk)"),
+    ("a slot left out of the sum", "combine", "prefill",
+     r"q0 \+ q < a\.n_topk \?", "q0 + q + 1 < a.n_topk ?"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def device(emulated: None) -> Iterator[None]:
+    """The kernels of a part, which the first call loads; what reads LDS as it was fails too."""
+    with emulating(uninitialised=True):
+        for case in CASES.values():
+            run(build(case, DTYPE), DEVICE)
+        yield
+
+
+def kernel_named(name: str) -> Any:
+    modules = [m for m in bridge.modules.values() if m.device.arch == ARCH and name in m.kernels]
+    return modules[-1].kernels[name]
+
+
+def launches(call: Call) -> list[bridge.Report]:
+    """What a call runs; its result goes unchecked."""
+    there = {name: fakehip.to_device(t, DEVICE) for name, t in call.tensors().items()}
+    out = fakehip.DeviceArray(call.hidden_states.shape, call.hidden_states.dtype, DEVICE)
+    bridge.log.clear()
+    moepad.fused_moe(**{**call.options, **there}, out=out)
+    return list(bridge.log.launches)
+
+
+@pytest.mark.parametrize("regime", CASES)
+def test_every_barrier_is_needed(regime: str) -> None:
+    call = build(CASES[regime], DTYPE)
+    for report in launches(call):
+        kernel = kernel_named(report.kernel)
+        barriers = [inst for inst in kernel.instructions() if inst.addr in report.stats.barriers]
+        assert len(barriers) == len(report.stats.barriers)
+        for barrier in barriers:
+            with kernel.without(barrier), pytest.raises(FAULTS):
+                run(call, DEVICE)
+
+
+@pytest.mark.parametrize("regime", CASES)
+def test_waits_are_needed(regime: str) -> None:
+    """Where something was in flight; a later wait may cover an earlier one, not most of them."""
+    call = build(CASES[regime], DTYPE)
+    for report in launches(call):
+        kernel = kernel_named(report.kernel)
+        waits = [inst for inst in kernel.instructions() if inst.addr in report.stats.busy_waits]
+        waits = waits[:: len(waits) // 8 or 1]
+        found = 0
+        for wait in waits:
+            with kernel.without(wait):
+                try:
+                    run(call, DEVICE)
+                except FAULTS:
+                    found += 1
+        assert found > len(waits) / 2, f"{report.kernel}: {found} of {len(waits)}"
+
+
+@contextmanager
+def replaced(old: Any, new: Any) -> Iterator[None]:
+    old.module.kernels[old.name] = new
+    try:
+        yield
+    finally:
+        old.module.kernels[old.name] = old
+
+
+def compiled(kernel: Any, text: str) -> Any:
+    """The kernel alone from other source text, loaded where it is loaded."""
+    rows = rf"^MPAD_[A-Z_]+\((?!{kernel.name},).*\)\n"
+    image = compile_text(re.sub(rows, "", text, flags=re.M), ARCH, *compiler.OPTIONS)
+    LOADED.append(kernel.module.device.load(image))
+    return LOADED[-1].kernels[kernel.name]
+
+
+@pytest.mark.parametrize("mistake", [None, *MISTAKES], ids=lambda m: m[0] if m else "none")
+def test_mistakes_in_the_source(mistake: tuple[str, ...] | None) -> None:
+    _, family, regime, before, after = mistake or ("", "gate_up_stream", "decode", "", "")
+    case, text = CASES[regime], compiler.source(DTYPE)
+    mutated, n_change = re.subn(before, after, text, count=1, flags=re.S)
+    assert n_change == 1
+    kernel = kernel_named(f"mpad_{family}_{DTYPE}")
+    call, where = padded(build(case, DTYPE), 8)
+    with replaced(kernel, compiled(kernel, mutated)):
+        if mistake:
+            with pytest.raises(FAULTS):
+                check(call, where, case)
+        else:
+            check(call, where, case)
+
+
+def check(call: Call, where: dict[str, np.ndarray], case: Case) -> None:
+    out = np.ascontiguousarray(run(call, DEVICE, where)[:, : case.n_hidden])
+    check_close(out, *solve(case, DTYPE))

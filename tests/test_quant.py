@@ -1,0 +1,477 @@
+"""Quantised weights through fused_moe: every format on every instruction set, against the
+specification, with poison in the pads of weights and scales; and the ways others went wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import moepad
+import numpy as np
+import pytest
+from cases import (
+    DTYPES,
+    FORMATS,
+    MATRIX_INTER,
+    QUANTISED,
+    Call,
+    Case,
+    build,
+    pad,
+    params,
+    solution,
+    solve,
+)
+from conftest import require
+from moepad import _core, reference
+from moepad.testing import Guarded, check_bits, check_close, poison
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+EACH_FORMAT = pytest.mark.parametrize(
+    "form", FORMATS, ids=lambda form: "-".join(str(part) for part in form.values())
+)
+EACH_CASE = pytest.mark.parametrize("case", params(QUANTISED))
+PACKED = [form for form in FORMATS if form["quant"] in ("mxfp4", "int4_group")]
+
+
+@pytest.fixture
+def isas() -> Iterator[Callable[[], Iterator[str]]]:
+    """Every instruction set in turn, in one test, which then needs one reference."""
+
+    def each() -> Iterator[str]:
+        for name in _core.cpu_isas():
+            _core.set_cpu_isa(name)
+            yield name
+
+    yield each
+    _core.set_cpu_isa(None)
+
+
+Isas = Callable[[], Iterator[str]]
+
+
+@EACH_CASE
+def test_equals_reference(case: Case, isas: Isas) -> None:
+    for dtype in case.dtypes:
+        call = build(case, dtype)
+        before = {name: tensor.tobytes() for name, tensor in call.tensors().items()}
+        for _ in isas():
+            guard = Guarded(call.hidden_states.shape, DTYPES[dtype])
+            call.run(moepad.fused_moe, out=guard.array)
+            guard.check()
+            check_close(guard.array, *solve(case, dtype))
+        assert before == {name: tensor.tobytes() for name, tensor in call.tensors().items()}
+
+
+@EACH_CASE
+def test_pads_do_not_matter(case: Case, isas: Isas) -> None:
+    """What is beyond the true sizes, scales included, holds NaN or faults when it is read."""
+    if case.is_strided:
+        pytest.skip("its tensors are views into poison already")
+    call = build(case, case.dtypes[0])
+    to = -(-(case.n_inter + 1) // 128) * 128
+    wide = case.n_hidden + 34
+    padded = [
+        pad(call, to, edge="after"),
+        pad(call, to, n_hidden_pad=wide, pattern="infinity", edge="before"),
+    ]
+    for _ in isas():
+        expected = call.run(moepad.fused_moe)
+        for other in padded:
+            out = other.run(moepad.fused_moe)
+            assert not out[:, case.n_hidden :].any()
+            check_bits(np.ascontiguousarray(out[:, : case.n_hidden]), expected)
+
+
+@pytest.mark.parametrize("n_inter", [1, 31, 33, 63, 95])
+@pytest.mark.parametrize("is_gated", [True, False])
+@pytest.mark.parametrize("form", PACKED, ids=lambda form: form["quant"] + str(form.get("block")))
+def test_half_a_byte_is_pad(form: dict[str, Any], is_gated: bool, n_inter: int, isas: Isas) -> None:
+    case = Case("odd", "", n_inter=96, n_hidden=64, is_gated=is_gated, n_token=7, **form)
+    call = build(case, "f32")
+    padded = pad(call, 128, n_inter=n_inter)
+    call.options["n_inter"] = n_inter
+    right = solution(call)
+    for _ in isas():
+        expected = call.run(moepad.fused_moe)
+        check_close(expected, *right)
+        check_bits(padded.run(moepad.fused_moe), expected)
+
+
+def test_an_odd_width_has_half_a_byte_too(isas: Isas) -> None:
+    case = Case("odd-h", "", n_inter=48, n_hidden=65, n_token=5, quant="mxfp4")
+    call = build(case, "f32")
+    assert call.w13.shape[2] == 33
+    for _ in isas():
+        expected = call.run(moepad.fused_moe)
+        check_close(expected, *solve(case, "f32"))
+        spoiled = Call(*call.args, call.options)
+        spoiled.w13 = call.w13.copy()
+        spoiled.w13[:, :, -1] ^= 0x50
+        check_bits(spoiled.run(moepad.fused_moe), expected)
+
+
+@EACH_FORMAT
+@pytest.mark.parametrize("n_token", [1, 3, 64])
+def test_threads_do_not_matter(
+    form: dict[str, Any], n_token: int, n_thread: Callable[[int], None], isas: Isas
+) -> None:
+    case = Case("threads", "", n_token=n_token, n_hidden=544, n_inter=288, n_expert=6, **form)
+    call = build(case, "bf16")
+    for _ in isas():
+        results = []
+        for n in (1, 2, 7):
+            n_thread(n)
+            results.append(call.run(moepad.fused_moe))
+        check_bits(results[1], results[0])
+        check_bits(results[2], results[0])
+
+
+@EACH_FORMAT
+def test_activations_of_each_type(form: dict[str, Any], isas: Isas) -> None:
+    for dtype in ("f32", "bf16", "f16"):
+        for n_token in (2, 40):
+            case = Case(f"types-{n_token}", "", n_token=n_token, n_hidden=80, n_inter=64, **form)
+            call = build(case, dtype)
+            for _ in isas():
+                check_close(call.run(moepad.fused_moe), *solve(case, dtype))
+
+
+# ---- every code ----
+
+DTYPES_OF_WEIGHTS = {
+    "f8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "f8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
+    "f8_e5m2": ml_dtypes.float8_e5m2,
+}
+
+
+def code_call(form: dict[str, Any], n_token: int, first: int) -> Call:
+    """Tokens `first` on of a layer whose output is w2 itself.
+
+    Row c of w2 holds codes 4c to 4c + 3, so that a NaN or an infinity, which spreads over its row,
+    hides no other code. One-hot tokens through an identity pick a column each. All scales are
+    powers of two, so that the result is exact.
+    """
+    n, quant = 64, form["quant"]
+    eye = np.eye(n, dtype=np.uint8)[None]
+    codes = (4 * np.arange(n)[:, None] + np.arange(n) % 4).astype(np.uint8)[None]
+    power = (2.0 ** (np.arange(n) % 7 - 3)).astype(np.float32)[None]
+    scales = {"w13_scale": np.ones((1, n), np.float32), "w2_scale": power}
+    if quant.startswith("fp8"):
+        dtype = DTYPES_OF_WEIGHTS[form.get("weight", "f8_e4m3fn")]
+        w13, w2 = eye.astype(dtype), codes.view(dtype)
+        if quant == "fp8_tensor":
+            scales = {"w13_scale": np.ones(1, np.float32), "w2_scale": np.full(1, 0.25, np.float32)}
+        elif quant == "fp8_block":
+            rows, columns = (-(-n // size) for size in form.get("block", (128, 128)))
+            scales["w13_scale"] = np.ones((1, rows, columns), np.float32)
+            scales["w2_scale"] = power[:, : rows * columns].reshape(1, rows, columns)
+    elif quant == "int8_channel":
+        w13, w2 = eye.view(np.int8), codes.view(np.int8)
+    else:
+        each = np.repeat(power[:, :, None], 2, axis=2)
+        each[:, :, 1] *= 4
+        scales = {"w13_scale": np.ones_like(each), "w2_scale": each}
+        if quant.startswith("mx"):
+            scales = {name: (np.log2(s) + 127).astype(np.uint8) for name, s in scales.items()}
+        w13, w2 = eye.astype(ml_dtypes.float8_e4m3fn), codes.view(ml_dtypes.float8_e4m3fn)
+        if quant != "mxfp8":
+            unit, zero = (2, 0) if quant == "mxfp4" else (1, 8)
+            nibble = unit * eye + zero
+            w13 = nibble[:, :, ::2] | nibble[:, :, 1::2] << 4
+            w2 = np.ascontiguousarray(codes[:, :, : n // 2])
+    options: dict[str, Any] = {"quant": quant, "activation": "relu2", **scales}
+    if quant in ("fp8_block", "int4_group"):
+        options["block"] = (1, 32) if quant == "int4_group" else form.get("block", (128, 128))
+    x = np.eye(n, dtype=np.float32)[np.arange(first, first + n_token) % n]
+    routing = np.ones((n_token, 1), np.float32), np.zeros((n_token, 1), np.int32)
+    return Call(x, w13, w2, *routing, options)
+
+
+@pytest.mark.parametrize("n_token", [1, 3, 64])
+@EACH_FORMAT
+def test_every_code(form: dict[str, Any], n_token: int, isas: Isas) -> None:
+    for first in range(0, 4, n_token):
+        call = code_call(form, n_token, first)
+        with np.errstate(all="ignore"):
+            expected = call.run(reference.fused_moe).astype(np.float32)
+        for _ in isas():
+            np.testing.assert_array_equal(call.run(moepad.fused_moe), expected)
+
+
+def scale_call(n_token: int) -> Call:
+    """256 rows of w2, one per e8m0 scale, of which the product is that scale."""
+    w13 = np.full((1, 32, 32), 1, ml_dtypes.float8_e4m3fn)
+    w13[0, 1:] = 0
+    w2 = np.full((1, 256, 32), 1, ml_dtypes.float8_e4m3fn)
+    x = np.zeros((n_token, 256), np.float32)
+    x[:, 0] = 1
+    one = np.full((1, 32, 8), 127, np.uint8)
+    w13 = np.concatenate([w13, np.zeros((1, 32, 224), w13.dtype)], axis=2)
+    scale = np.arange(256, dtype=np.uint8).reshape(1, 256, 1)
+    options = {"quant": "mxfp8", "activation": "relu2", "w13_scale": one, "w2_scale": scale}
+    weights, ids = np.ones((n_token, 1), np.float32), np.zeros((n_token, 1), np.int32)
+    return Call(x, w13, w2, weights, ids, options)
+
+
+EVERY_SCALE = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu)
+
+
+@pytest.mark.parametrize("n_token", [1, 40])
+def test_every_e8m0(n_token: int, isas: Isas) -> None:
+    call = scale_call(n_token)
+    for _ in isas():
+        out = call.run(moepad.fused_moe)
+        np.testing.assert_array_equal(out, np.tile(EVERY_SCALE.astype(np.float32), (n_token, 1)))
+        typed = {name: call.options[name].view(EVERY_SCALE.dtype)
+                 for name in ("w13_scale", "w2_scale")}  # fmt: skip
+        check_bits(call.run(moepad.fused_moe, **typed), out)
+
+
+@pytest.mark.parametrize("n_token", [1, 64])
+def test_flushing_of_the_caller_does_not_matter(n_token: int, isas: Isas) -> None:
+    """torch.set_flush_denormal sets DAZ and FTZ, which would lose subnormal codes and scales."""
+    torch = require("torch")
+    calls = [scale_call(n_token)]
+    for weight in ("f8_e4m3fn", "f8_e4m3fnuz", "f8_e5m2"):
+        calls.append(code_call({"quant": "fp8_channel", "weight": weight}, n_token, 0))
+    for _ in isas():
+        expected = [call.run(moepad.fused_moe) for call in calls]
+        assert torch.set_flush_denormal(True)
+        try:
+            results = [call.run(moepad.fused_moe) for call in calls]
+        finally:
+            torch.set_flush_denormal(False)
+        for result, right in zip(results, expected, strict=True):
+            check_bits(result, right)
+
+
+# ---- scales ----
+
+
+def test_a_trailing_one_is_accepted() -> None:
+    for quant in ("fp8_channel", "int8_channel", "fp8_tensor"):
+        call = build(Case("trailing", "", quant=quant), "f32")
+        expected = call.run(moepad.fused_moe)
+        scale = call.options["w2_scale"]
+        more = {"w2_scale": scale[..., None]}
+        if quant != "fp8_tensor":
+            more["w13_scale"] = call.options["w13_scale"][..., None]
+        check_bits(call.run(moepad.fused_moe, **more), expected)
+
+
+@pytest.mark.parametrize("gate_up", ["concat", "interleaved"])
+def test_one_tensor_scale_serves_both_halves(gate_up: Any) -> None:
+    call = build(Case("tensor", "", quant="fp8_tensor", gate_up=gate_up), "f32")
+    both = call.options["w13_scale"]
+    assert both.shape == (4, 2) and (both[:, 0] != both[:, 1]).all()
+    alike = np.repeat(both[:, :1], 2, axis=1)
+    expected = call.run(moepad.fused_moe, w13_scale=alike)
+    for one in (both[:, 0].copy(), both[:, :1].copy()):
+        check_bits(call.run(moepad.fused_moe, w13_scale=one), expected)
+    assert (call.run(moepad.fused_moe) != expected).any()
+
+
+def test_torch_tensors_give_the_same_bits() -> None:
+    torch = require("torch")
+    kinds = {
+        "fp8_channel": torch.float8_e4m3fn, "mxfp8": torch.float8_e4m3fn,
+        "mxfp4": torch.uint8, "int8_channel": torch.int8,
+    }  # fmt: skip
+    for quant, dtype in kinds.items():
+        call = build(Case("torch", "", quant=quant), "f32")
+        expected = call.run(moepad.fused_moe)
+        args = [torch.from_numpy(a.view(np.uint8)).view(dtype) if a.dtype.itemsize == 1 else
+                torch.from_numpy(a) for a in call.args]  # fmt: skip
+        options = dict(call.options)
+        for name in ("w13_scale", "w2_scale"):
+            options[name] = torch.from_numpy(options[name])
+        check_bits(moepad.fused_moe(*args, **options).numpy(), expected)
+        if quant.startswith("mx"):
+            for name in ("w13_scale", "w2_scale"):
+                options[name] = options[name].view(torch.float8_e8m0fnu)
+            check_bits(moepad.fused_moe(*args, **options).numpy(), expected)
+
+
+@pytest.mark.parametrize("tp_size", [2, 4, 8, 16])
+@pytest.mark.parametrize("block", [(128, 128), (64, 128), (128, 32)])
+def test_ranks_add_up_to_the_whole(block: tuple[int, int], tp_size: int) -> None:
+    """vLLM #48173: 1536 columns over 8 ranks are 192 each, one and a half blocks."""
+    n_inter, n_hidden, n_expert = 768, 160, 3
+    case = Case("tp", "", n_token=9, n_hidden=n_hidden, n_inter=n_inter, n_expert=n_expert,
+                quant="fp8_block", block=block)  # fmt: skip
+    whole = build(case, "f32")
+    total = np.zeros(whole.hidden_states.shape, np.float64)
+    phases = set()
+    for rank in range(tp_size):
+        plan = moepad.plan(n_hidden, n_inter, n_expert, quant="fp8_block", block=block,
+                           tp_size=tp_size, tp_rank=rank)  # fmt: skip
+        phases.add(plan.scale_phase)
+        half = [slice(start + plan.start, start + plan.stop) for start in (0, n_inter)]
+        w13 = np.concatenate([whole.w13[:, part] for part in half], axis=1)
+        n_block = whole.options["w13_scale"].shape[1] // 2
+        first, n = plan.w13_scale_start, plan.w13_scale_shape[1] // 2
+        scale13 = np.concatenate(
+            [whole.options["w13_scale"][:, start + first :][:, :n] for start in (0, n_block)],
+            axis=1,
+        )
+        first, n = plan.w2_scale_start, plan.w2_scale_shape[2]
+        scale2 = np.ascontiguousarray(whole.options["w2_scale"][:, :, first : first + n])
+        w2 = np.ascontiguousarray(whole.w2[:, :, plan.start : plan.stop])
+        part = Call(whole.hidden_states, w13, w2, whole.topk_weights, whole.topk_ids,
+                    {"quant": "fp8_block", "block": block, "w13_scale": scale13,
+                     "w2_scale": scale2, "scale_phase": plan.scale_phase})  # fmt: skip
+        total += part.run(moepad.fused_moe)
+    assert len(phases) > 1 or n_inter // tp_size % max(block) == 0
+    check_close(total.astype(np.float32), *solve(case, "f32"))
+
+
+def test_groups_beyond_what_is_held_at_a_time(isas: Isas) -> None:
+    """Rows of more than 512 groups of scales."""
+    for quant in ("mxfp4", "fp8_block"):
+        case = Case(f"long-{quant}", "", n_token=2, n_hidden=16_512, n_inter=8, n_expert=1,
+                    n_topk=1, quant=quant)  # fmt: skip
+        call = build(case, "bf16")
+        for _ in isas():
+            check_close(call.run(moepad.fused_moe), *solve(case, "bf16"))
+
+
+# ---- how others went wrong ----
+
+SMALL = Case("reports", "", n_token=5, n_hidden=96, n_inter=96, quant="mxfp4")
+
+
+def test_sglang_33090_scales_padded_and_weights_not() -> None:
+    """Weights of 128 columns with scales of 256 are refused, in either direction."""
+    small, large = (build(replace(SMALL, n_inter=n), "f32") for n in (128, 256))
+    for a, b in ((small, large), (large, small)):
+        for name in ("w13_scale", "w2_scale"):
+            with pytest.raises(ValueError, match=name):
+                a.run(moepad.fused_moe, **{name: b.options[name]})
+
+
+def test_sglang_36097_no_gate_has_no_second_half() -> None:
+    call = build(replace(SMALL, quant="mxfp8", activation="relu2", is_gated=False), "f32")
+    assert call.w13.shape[1] == 96
+    with pytest.raises(ValueError, match="w13"):
+        call.w13 = np.concatenate([call.w13, call.w13[:, :1]], axis=1)
+        call.run(moepad.fused_moe)
+
+
+def test_vllm_55251_pads_from_uninitialised_memory() -> None:
+    call = build(replace(SMALL, quant="fp8_channel", n_inter=88), "f32")
+    results = [pad(call, 128, pattern=name).run(moepad.fused_moe)
+               for name in ("nan", "zero", "largest")]  # fmt: skip
+    check_bits(results[1], results[0])
+    check_bits(results[2], results[0])
+
+
+def test_vllm_46201_a_pad_that_cuts_data_or_exceeds_the_tensor() -> None:
+    call = build(SMALL, "f32")
+    expected = call.run(moepad.fused_moe)
+    check_bits(call.run(moepad.fused_moe, n_inter=96), expected)
+    with pytest.raises(ValueError, match="n_inter: expected at most n_inter_pad=96"):
+        call.run(moepad.fused_moe, n_inter=97)
+    assert (call.run(moepad.fused_moe, n_inter=95) != expected).any()
+
+
+@EACH_FORMAT
+def test_aiter_3538_scratch_memory_that_is_read_before_it_is_written(form: dict[str, Any]) -> None:
+    for n_token in (1, 33):
+        call = build(replace(SMALL, n_token=n_token, n_inter=64, n_hidden=97, **form), "bf16")
+        guard = Guarded((call.run(moepad.workspace_nbytes),), np.uint8)
+        start = -guard.array.ctypes.data % 64
+        assert start == 0
+        out = call.run(moepad.fused_moe, workspace=guard.array)
+        guard.check()
+        check_bits(out, call.run(moepad.fused_moe))
+
+
+def test_sglang_33500_pad_scales_hold_anything() -> None:
+    call = build(SMALL, "f32")
+    padded = pad(call, 256)
+    results = []
+    for byte in (0, 127, 255):
+        for name in ("w13_scale", "w2_scale"):
+            scale = padded.options[name]
+            kept = scale.copy()
+            scale[...] = byte
+            where = np.s_[:, :, :3]
+            if name == "w13_scale":
+                scale[:, :96], scale[:, 256:352] = kept[:, :96], kept[:, 256:352]
+            else:
+                scale[where] = kept[where]
+        results.append(padded.run(moepad.fused_moe))
+    check_bits(results[0], call.run(moepad.fused_moe))
+    check_bits(results[1], results[0])
+    check_bits(results[2], results[0])
+
+
+@pytest.mark.parametrize("n_token", [1, 2, 31, 32, 1024])
+def test_aiter_4032_finite_in_finite_out(n_token: int, isas: Isas) -> None:
+    call = build(replace(SMALL, n_token=n_token), "bf16")
+    for _ in isas():
+        assert np.isfinite(call.run(moepad.fused_moe).astype(np.float32)).all()
+
+
+@EACH_FORMAT
+def test_zero_weights_give_exact_zeros(form: dict[str, Any], isas: Isas) -> None:
+    """A rank all of whose columns are zero (aiter #4195: an amax of zero)."""
+    case = replace(SMALL, n_inter=64, **form)
+    call = build(case, "bf16")
+    zero = 0x88 if form["quant"] == "int4_group" else 0
+    call.w13.view(np.uint8)[...] = zero
+    call.w2.view(np.uint8)[...] = zero
+    for _ in isas():
+        assert not call.run(moepad.fused_moe).any()
+
+
+@pytest.mark.parametrize("n_inter", [96, 224, 704])
+@EACH_FORMAT
+def test_vllm_38833_no_size_is_without_a_kernel(form: dict[str, Any], n_inter: int) -> None:
+    case = replace(SMALL, n_inter=n_inter, n_token=2, **form)
+    check_close(build(case, "bf16").run(moepad.fused_moe), *solve(case, "bf16"))
+
+
+@pytest.mark.parametrize("n_group", [1, 3, 11, 90])
+@pytest.mark.parametrize("quant", ["mxfp4", "mxfp8"])
+def test_vllm_ascend_16100_odd_counts_of_groups(quant: str, n_group: int) -> None:
+    case = replace(SMALL, n_inter=32 * n_group, quant=quant, n_token=2)
+    check_close(build(case, "bf16").run(moepad.fused_moe), *solve(case, "bf16"))
+
+
+@pytest.mark.parametrize("n_inter", MATRIX_INTER)
+@EACH_FORMAT
+def test_scales_cover_their_weights(form: dict[str, Any], n_inter: int) -> None:
+    """The plan's shapes are the ones the call takes, at every size and alignment."""
+    quant, block = form["quant"], form.get("block", (128, 128))
+    dtype = form.get("weight", "f8_e4m3fn") if quant.startswith("fp8") else "f32"
+    for align in (1, 128):
+        plan = moepad.plan(64, n_inter, 2, quant=quant, dtype=dtype, block=block, align=align)
+        names = {"f8_e4m3fn": "float8_e4m3fn", "f8_e4m3fnuz": "float8_e4m3fnuz",
+                 "f8_e5m2": "float8_e5m2", "u8": "uint8", "i8": "int8"}  # fmt: skip
+        kind: Any = getattr(ml_dtypes, names[plan.storage_dtype], None) or names[plan.storage_dtype]
+        scale: Any = np.uint8 if quant.startswith("mx") else np.float32
+        call = Call(
+            np.zeros((1, 64), np.float32), np.zeros(plan.w13_shape, kind),
+            np.zeros(plan.w2_shape, kind), np.ones((1, 1), np.float32), np.zeros((1, 1), np.int32),
+            {"quant": quant, "block": block, "n_inter": n_inter,
+             "w13_scale": np.ones(plan.w13_scale_shape, scale),
+             "w2_scale": np.ones(plan.w2_scale_shape, scale)},
+        )  # fmt: skip
+        assert call.run(moepad.workspace_nbytes) > 0
+
+
+def test_unused_experts_are_not_read(isas: Isas) -> None:
+    for form in FORMATS:
+        case = Case(f"unused-{form}", "", n_token=9, n_expert=5, n_inter=64, routing="even", **form)
+        call = build(case, "f32")
+        for name in ("w13_scale", "w2_scale"):
+            poison(call.options[name][:1])
+        for _ in isas():
+            check_close(call.run(moepad.fused_moe), *solve(case, "f32"))
