@@ -2,11 +2,13 @@
 
     python bench/gpu.py                     # all parts
     python bench/gpu.py time --shapes A,D --tokens 1,32,2048 --kernels
+    compute-sanitizer --tool memcheck python bench/gpu.py quant cases --seconds 60
 
-Parts: `check` runs every case of tests/cases.py, padded and poisoned, against the specification,
-repeats calls for equal bits, and replays graphs; `time` measures layers of real models beside a
-plain copy, the floor at the true size, and PyTorch's grouped products. Each time is the median of
-replays of a graph that goes through several copies of the weights, so that caches do not flatter.
+Parts: `repeats` compares the bits of many calls, eager and from graphs; `quant` runs every kind of
+quantisation and `cases` every case of tests/cases.py, padded and poisoned, against the
+specification; `time` measures layers of real models beside a plain copy, the floor at the true
+size, and PyTorch's grouped products. Each time is the median of replays of a graph that goes
+through several copies of the weights, so that caches do not flatter.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import torch
 from moepad import reference
 from moepad.testing import Work, check_close, quantise
 
+PARTS = ["repeats", "quant", "cases", "time"]
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 DEVICE = "cuda"
 ROTATE_BYTES, MAX_COPIES = 2 << 30, 16  # of a layer's weights, taken in turn
@@ -120,7 +123,7 @@ def run_call(call: Any) -> torch.Tensor:
     return moepad.fused_moe(*args, **options, out=torch.empty_like(args[0]), stream=stream())
 
 
-def check(seconds: float) -> list[str]:
+def check_cases(seconds: float) -> list[str]:
     """The names of the cases that failed, each with why; no more are begun after `seconds`."""
     faults, n, start = [], 0, time.monotonic()
     for name, call, padded, solve in cases():
@@ -413,7 +416,7 @@ def time_shapes(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=["check", "time"], choices=["check", "time"])
+    parser.add_argument("parts", nargs="*", default=PARTS, choices=PARTS)
     parser.add_argument("--shapes", type=lambda s: s.split(","), default=list(SHAPES))
     parser.add_argument("--tokens", type=lambda s: [int(m) for m in s.split(",")], default=TOKENS)
     parser.add_argument("--quant", type=lambda s: [q for q in s.split(",") if q], default=[])
@@ -424,14 +427,17 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the times there")
     options = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, moepad {moepad.__version__}")
-    faults: list[str] = []
+    checks = {
+        "repeats": check_repeats,
+        "quant": check_quant,
+        "cases": functools.partial(check_cases, options.seconds),
+    }
+    faults = [fault for part, run in checks.items() if part in options.parts for fault in run()]
+    print("\n".join(faults) or "no faults")
     if "time" in options.parts:
         rows = time_shapes(options)
         if options.json:
             options.json.write_text(json.dumps(rows, indent=1))
-    if "check" in options.parts:
-        faults = check_repeats() + check_quant() + check(options.seconds)
-        print("\n".join(faults) or "no faults")
     return 1 if faults else 0
 
 
