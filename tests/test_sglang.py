@@ -6,7 +6,9 @@ found as SGLang finds it, by the entry point of the installed wheel.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import importlib
 import inspect
 import json
@@ -14,8 +16,10 @@ import os
 import pkgutil
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +34,7 @@ from moepad import reference
 from moepad.testing import check_bits, check_close, quantise
 from numpy.typing import NDArray
 from serving import sglang_environment, tiny_moe
+from serving.sglang_engine import ANSWERS
 
 if find_spec("sglang") is None:
     missing("sglang", "it is not installed; tests/serving/make_environment does")
@@ -810,28 +815,97 @@ def run_child(arguments: list[str], **variables: str) -> str:
     return done.stdout
 
 
-def serve(
-    checkpoints: dict[str, Path],
-    trace: Path,
-    name: str,
-    tp: int,
-    dtype: str,
-    reference_name: str = "",
-    *options: str,
-) -> tuple[float, list[str]]:
-    """Largest difference of a logprob, the tokens being equal, and the trace's lines by rank."""
-    script = str(Path(__file__).parent / "serving" / "sglang_engine.py")
-    paths = [str(checkpoints[name]), str(checkpoints[reference_name or name])]
-    output = run_child([script, *paths, dtype, str(tp), *options], MOEPAD_TRACE=str(trace))
-    answers = json.loads(output.splitlines()[-1])
-    worst = 0.0
-    for got, wanted in zip(answers["sglang"], answers["transformers"], strict=True):
-        assert got["tokens"] == wanted["tokens"]
-        pairs = zip(got["logprobs"], wanted["logprobs"], strict=True)
-        worst = max(worst, *(abs(a - b) for a, b in pairs))
-    lines = trace.read_text().splitlines()
-    assert len({line.split()[0] for line in lines}) == len(lines) == tp, "a line from each rank"
-    return worst, sorted(line.partition(" tp=")[2] for line in lines)
+class Server:
+    """`sglang_engine.py` in a process of its own; it answers one job after the other."""
+
+    def __init__(self, errors: Path) -> None:
+        self.errors = errors
+        script = Path(__file__).parent / "serving" / "sglang_engine.py"
+        with errors.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, str(script)],
+                env=sglang_environment.of_child(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                start_new_session=True,
+            )
+
+    def answer(self, job: dict[str, Any]) -> dict[str, Any]:
+        """What the server prints for a job; it is ended where that takes minutes."""
+        assert self.process.stdin and self.process.stdout
+        limit = threading.Timer(300, self.end)
+        limit.start()
+        try:
+            print(json.dumps(job), file=self.process.stdin, flush=True)
+            lines = []
+            for line in self.process.stdout:
+                if line.startswith(ANSWERS):
+                    return json.loads(line.removeprefix(ANSWERS))
+                lines.append(line)
+        finally:
+            limit.cancel()
+        raise AssertionError(f"{job}\n{''.join(lines)}\n{self.errors.read_text()[-8000:]}")
+
+    def end(self) -> None:
+        """With what the engine has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    made = Server(tmp_path_factory.mktemp("server") / "stderr")
+    yield made
+    made.end()
+    assert made.process.stdin and made.process.stdout
+    made.process.stdin.close()
+    made.process.stdout.close()
+
+
+@dataclasses.dataclass
+class Served:
+    """A checkpoint in the complete engine and in transformers, by the process that serves."""
+
+    server: Server
+    checkpoints: dict[str, Path]
+    trace: Path
+
+    def __call__(
+        self,
+        name: str,
+        tp: int,
+        dtype: str,
+        reference: str = "",
+        update: str = "",
+        **options: str,
+    ) -> tuple[float, list[str]]:
+        """Largest difference of a logprob, tokens being equal, and the trace's lines by rank."""
+        job = {
+            "checkpoint": str(self.checkpoints[name]),
+            "reference": str(self.checkpoints[reference or name]),
+            "dtype": dtype,
+            "tp": tp,
+            "update": str(self.checkpoints[update]) if update else None,
+            "options": options,
+            "environment": {"MOEPAD_TRACE": str(self.trace)},
+        }
+        answers = self.server.answer(job)
+        worst = 0.0
+        for got, wanted in zip(answers["sglang"], answers["transformers"], strict=True):
+            assert got["tokens"] == wanted["tokens"]
+            pairs = zip(got["logprobs"], wanted["logprobs"], strict=True)
+            worst = max(worst, *(abs(a - b) for a, b in pairs))
+        lines = self.trace.read_text().splitlines()
+        assert len({line.split()[0] for line in lines}) == len(lines) == tp, "a line from each rank"
+        return worst, sorted(line.partition(" tp=")[2] for line in lines)
+
+
+@pytest.fixture
+def serve(server: Server, checkpoints: dict[str, Path], trace: Path) -> Served:
+    return Served(server, checkpoints, trace)
 
 
 ISA = f"engine=cpu-{moepad.cpu_isa()}"
@@ -839,36 +913,31 @@ ISA = f"engine=cpu-{moepad.cpu_isa()}"
 
 # SGLang rounds a model's size up to a multiple of 32 for each rank on CPUs: of 96 columns the
 # second of two ranks gets what is left in room for 64.
-@pytest.mark.parametrize(
-    ("name", "tp", "columns", "allowed"),
-    [
-        ("96-float32", 2, ["n_inter=64 n_inter_pad=64", "n_inter=32 n_inter_pad=64"], 1e-3),
-        ("192-bfloat16", 2, ["n_inter=96 n_inter_pad=96"] * 2, 0.1),
-    ],
-)
-def test_engine(
-    checkpoints: dict[str, Path],
-    trace: Path,
-    name: str,
-    tp: int,
-    columns: list[str],
-    allowed: float,
-) -> None:
-    worst, lines = serve(checkpoints, trace, name, tp, name.partition("-")[2])
+COLUMNS = {
+    (192, 1): ["n_inter=192 n_inter_pad=192"],
+    (192, 2): ["n_inter=96 n_inter_pad=96"] * 2,
+    (96, 1): ["n_inter=96 n_inter_pad=96"],
+    (96, 2): ["n_inter=64 n_inter_pad=64", "n_inter=32 n_inter_pad=64"],
+}
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1e-3), ("bfloat16", 0.1)])
+@pytest.mark.parametrize(("n_inter", "tp"), COLUMNS)
+def test_engine(serve: Served, n_inter: int, tp: int, dtype: str, allowed: float) -> None:
+    worst, lines = serve(f"{n_inter}-{dtype}", tp, dtype)
     assert worst <= allowed
-    assert lines == [f"{r}/{tp} {sizes} quant=none {ISA}" for r, sizes in enumerate(columns)]
+    expected = COLUMNS[n_inter, tp]
+    assert lines == [f"{r}/{tp} {sizes} quant=none {ISA}" for r, sizes in enumerate(expected)]
 
 
-def test_engine_takes_new_weights(checkpoints: dict[str, Path], trace: Path) -> None:
+def test_engine_takes_new_weights(serve: Served) -> None:
     """Served, replaced from another checkpoint while running, served again."""
-    options = ("", f"update={checkpoints['other-192-float32']}")
-    worst, lines = serve(checkpoints, trace, "192-float32", 1, "float32", *options)
+    worst, lines = serve("192-float32", 1, "float32", update="other-192-float32")
     assert worst <= 1e-3 and lines == [f"0/1 n_inter=192 n_inter_pad=192 quant=none {ISA}"]
 
 
-def test_engine_with_the_runner_named_moepad(checkpoints: dict[str, Path], trace: Path) -> None:
-    options = ("", "moe_runner_backend=moepad")
-    worst, lines = serve(checkpoints, trace, "96-bfloat16", 1, "bfloat16", *options)
+def test_engine_with_the_runner_named_moepad(serve: Served) -> None:
+    worst, lines = serve("96-bfloat16", 1, "bfloat16", moe_runner_backend="moepad")
     assert worst <= 0.1 and lines == [f"0/1 n_inter=96 n_inter_pad=96 quant=none {ISA}"]
 
 
@@ -880,8 +949,8 @@ def test_engine_with_the_runner_named_moepad(checkpoints: dict[str, Path], trace
         (4, [f"n_inter={n} n_inter_pad=128" for n in (128, 64, 0, 0)]),
     ],
 )
-def test_engine_fp8(checkpoints: dict[str, Path], trace: Path, tp: int, columns: list[str]) -> None:
+def test_engine_fp8(serve: Served, tp: int, columns: list[str]) -> None:
     """Blocks of 128: SGLang's padded stride leaves ranks partly filled and empty."""
-    worst, lines = serve(checkpoints, trace, "192-fp8", tp, "float16", "192-exact")
+    worst, lines = serve("192-fp8", tp, "float16", reference="192-exact")
     assert worst <= 5e-3
     assert lines == [f"{r}/{tp} {sizes} quant=fp8_block {ISA}" for r, sizes in enumerate(columns)]

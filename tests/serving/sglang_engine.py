@@ -1,9 +1,16 @@
 """SGLang's complete engine on a CPU, and transformers, on the same prompts: tokens and logprobs.
 
-Run in a process of its own, which the engine may end: `python sglang_engine.py CHECKPOINT REFERENCE
-DTYPE TP [update=CHECKPOINT] [NAME=VALUE ...]`, with more arguments of the engine at the end. With
-`update` the engine answers, takes that checkpoint's weights and answers again. Prints one JSON
-object: for both, the answers to each prompt, one round after the other.
+A server of one process, so that its imports are paid for once: `python sglang_engine.py` reads jobs
+from standard input, a JSON object a line:
+
+    checkpoint, reference   folders; transformers runs the second, in float32 where they differ
+    dtype, tp               of the engine
+    update                  null, or a folder: the engine answers, takes its weights, answers again
+    options                 more arguments of the engine
+    environment             variables of the engine's processes
+
+and prints a line for each, ANSWERS and a JSON object: for both, the answers to each prompt, one
+round after the other.
 """
 
 from __future__ import annotations
@@ -13,6 +20,7 @@ import os
 import sys
 from typing import Any
 
+ANSWERS = "answers: "
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3, 4, 5]]
 N_TOKEN = 8
 
@@ -85,18 +93,22 @@ def _answer(engine: Any) -> list[dict[str, Any]]:
     ]
 
 
-def main(checkpoint: str, reference: str, dtype: str, tp: str, *options: str) -> None:
-    exact = dtype if checkpoint == reference else "float32"
-    pairs: dict[str, Any] = dict(option.split("=", 1) for option in options)
-    update = pairs.pop("update", None)
-    transformers = of_transformers(reference, exact)
-    if update:
-        transformers += of_transformers(update, exact)
-    sglang = of_sglang(checkpoint, dtype, int(tp), update, **pairs)
-    print(json.dumps({"sglang": sglang, "transformers": transformers}))
-    sys.stdout.flush()
+def answer(job: dict[str, Any]) -> dict[str, Any]:
+    os.environ.update(job["environment"])
+    is_same = job["checkpoint"] == job["reference"]
+    exact = job["dtype"] if is_same else "float32"
+    transformers = of_transformers(job["reference"], exact)
+    if job["update"]:
+        transformers += of_transformers(job["update"], exact)
+    sglang = of_sglang(job["checkpoint"], job["dtype"], job["tp"], job["update"], **job["options"])
+    return {"sglang": sglang, "transformers": transformers}
+
+
+def main() -> None:
+    for line in sys.stdin:
+        print(f"{ANSWERS}{json.dumps(answer(json.loads(line)))}", flush=True)
     os._exit(0)  # the engine's helpers are gone or going; nothing here is left to close
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
