@@ -1,16 +1,21 @@
-"""Times transformers' experts implementations against moepad on the CPU: a layer, and a model.
+"""Times transformers' experts implementations against moepad: a layer, and a model's `generate`.
 
     python bench/transformers_experts.py [--help]
+    python bench/transformers_experts.py --device cuda --ways called,compiled,graph
 
-All implementations run in one process, in turns, on the same module and tokens; medians. Weights of
-the layer are larger than any cache, and each call of the layer takes the next of several routings.
+All implementations run in one process, in turns, on the same parameters and tokens; medians. The
+layer's weights are larger than any cache; its calls take several routings, one after the other.
+Ways: `called` as it is; `compiled` by torch.compile; `graph` replayed from a CUDA or HIP graph, for
+`generate` the one that torch.compile makes of a step (mode `reduce-overhead`).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,21 +26,34 @@ from moepad.testing import interleave
 
 IMPLEMENTATIONS = ("moepad", "grouped_mm", "batched_mm", "eager")
 BATCHED_MAX_TOKENS = 16  # batched_mm copies the weights of every slot
+N_ROUTING = 16
+COMPILE_MODES = {"compiled": "default", "graph": "reduce-overhead"}
+
+Call = Callable[[], Any]
 
 
 def arguments() -> argparse.Namespace:
+    def numbers(text: str) -> list[int]:
+        return [int(number) for number in text.split(",")]
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; PyTorch's AMD GPUs are cuda")
+    parser.add_argument("--ways", default="called", help="of called,compiled,graph")
     parser.add_argument("--hidden", type=int, default=2048, help="width (default: Qwen3-30B-A3B)")
     parser.add_argument("--inter", type=int, default=768, help="intermediate size")
     parser.add_argument("--experts", type=int, default=128, help="experts of the timed layer")
     parser.add_argument("--topk", type=int, default=8, help="experts per token")
-    parser.add_argument("--tokens", default="1,16,128", help="tokens of a call of the layer")
+    parser.add_argument("--tokens", type=numbers, default=[1, 16, 128], help="of a layer's call")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--layers", type=int, default=4, help="layers of the model")
     parser.add_argument("--model-experts", type=int, default=32, help="experts of each of them")
     parser.add_argument("--prompt", type=int, default=16, help="tokens of the prompt")
+    parser.add_argument("--new", type=int, default=16, help="tokens that `generate` adds")
+    parser.add_argument("--batches", type=numbers, default=[1], help="sequences of a `generate`")
     parser.add_argument("--seconds", type=float, default=5, help="for each implementation of a row")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.ways = options.ways.split(",")
+    return options
 
 
 def make_config(options: argparse.Namespace, n_expert: int) -> Any:
@@ -54,91 +72,155 @@ def make_config(options: argparse.Namespace, n_expert: int) -> Any:
     )
 
 
+def sharing(module: Any) -> Any:
+    """A copy of the module on the same parameters."""
+    return copy.deepcopy(module, {id(weight): weight for weight in module.parameters()})
+
+
 def usable(n_token: int) -> list[str]:
     """The implementations that take so many tokens in reasonable time and memory."""
     few = n_token <= BATCHED_MAX_TOKENS
     return [name for name in IMPLEMENTATIONS if few or name != "batched_mm"]
 
 
-def report(title: str, rows: dict[str, float], unit: str, is_rate: bool = False) -> None:
-    """One line each: the number, and how many times as fast moepad is."""
-    print(f"\n{title}")
-    for name, value in rows.items():
-        ratio = rows["moepad"] / value if is_rate else value / rows["moepad"]
-        print(f"  {name:<12}{value:>12.2f} {unit}{ratio:>8.2f}x")
+def compare(
+    title: str,
+    make: Callable[[str], Call],
+    names: list[str],
+    seconds: float,
+    number: Callable[[float], float],
+    unit: str,
+) -> None:
+    """One line each: the number of a call's seconds, and how many times as fast moepad is."""
+    print(f"\n{title}", flush=True)
+    calls, faults = {}, {}
+    for name in names:
+        try:
+            calls[name] = make(name)
+            calls[name]()
+        except Exception as fault:  # this implementation does not go this way
+            lines = str(fault).strip().splitlines() or [""]
+            faults[name] = f"{type(fault).__name__}: {lines[0][:80]}"
+            calls.pop(name, None)
+    times = interleave(calls, seconds)
+    for name in names:
+        if name in faults:
+            print(f"  {name:<12}{faults[name]}")
+            continue
+        ratio = f"{times[name] / times['moepad']:>8.2f}x" if "moepad" in times else ""
+        print(f"  {name:<12}{number(times[name]):>12.3f} {unit}{ratio}", flush=True)
+
+
+def captured(call: Call) -> Call:
+    """Its replay from a graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def time_layer(options: argparse.Namespace, dtype: torch.dtype) -> None:
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-    config = make_config(options, options.experts)
     with torch.device("meta"):
-        experts: Any = Qwen3MoeExperts(config)
-    experts = experts.to(dtype).to_empty(device="cpu").requires_grad_(False)
+        experts: Any = Qwen3MoeExperts(make_config(options, options.experts))
+    experts = experts.to(dtype).to_empty(device=options.device).requires_grad_(False)
     for weight in experts.parameters():
         weight.uniform_(-0.05, 0.05)
+    is_gpu = options.device != "cpu"
+    n_call = N_ROUTING if is_gpu else 1  # between two looks at the clock
 
-    def contender(implementation: str, n_token: int) -> Callable[[], Any]:
-        x = torch.randn(n_token, options.hidden).to(dtype)
-        weights = torch.rand(n_token, options.topk).to(dtype)
-        routings = itertools.cycle(
-            torch.rand(n_token, options.experts).topk(options.topk).indices for _ in range(16)
+    def contender(way: str, n_token: int, implementation: str) -> Call:
+        module = sharing(experts)
+        module.config._experts_implementation = implementation
+        x = torch.randn(n_token, options.hidden, device=options.device).to(dtype)
+        weights = torch.rand(n_token, options.topk, device=options.device).to(dtype)
+        order = torch.rand(N_ROUTING, n_token, options.experts, device=options.device)
+        routings = itertools.cycle(order.topk(options.topk).indices.unbind())
+        run = torch.compile(module, fullgraph=True) if way == "compiled" else module
+
+        def call() -> None:
+            for _ in range(n_call):
+                run(x, next(routings), weights)
+
+        queued = captured(call) if way == "graph" else call
+
+        def finished() -> None:
+            queued()
+            if is_gpu:
+                torch.cuda.synchronize()
+
+        return finished
+
+    for way, n_token in itertools.product(options.ways, options.tokens):
+        torch.compiler.reset()
+        compare(
+            f"layer, {n_token} tokens, {way}",
+            functools.partial(contender, way, n_token),
+            usable(n_token),
+            options.seconds,
+            lambda seconds: 1e3 * seconds / n_call,
+            "ms",
         )
-
-        def call() -> Any:
-            config._experts_implementation = implementation
-            return experts(x, next(routings), weights)
-
-        return call
-
-    for n_token in map(int, options.tokens.split(",")):
-        contenders = {name: contender(name, n_token) for name in usable(n_token)}
-        seconds = interleave(contenders, options.seconds)
-        rows = {name: 1e3 * value for name, value in seconds.items()}
-        report(f"layer, {n_token} tokens", rows, "ms")
 
 
 def time_model(options: argparse.Namespace, dtype: torch.dtype) -> None:
-    """A prompt, and one step of generation after it: the whole model, cache included."""
+    """`generate` as users call it, prompt and sampling included."""
     config = make_config(options, options.model_experts)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    prompt = torch.randint(3, config.vocab_size, (1, options.prompt))
-    cache = model(prompt, use_cache=True).past_key_values
-    tokens = itertools.cycle(torch.randint(3, config.vocab_size, (64, 1, 1)))
+    model = model.to(options.device)
 
-    def first(implementation: str) -> Any:
-        model.set_experts_implementation(implementation)
-        return model(prompt, use_cache=True)
+    def contender(way: str, n_sequence: int, implementation: str) -> Call:
+        mine = sharing(model)
+        mine.set_experts_implementation(implementation)
+        prompt = torch.randint(3, config.vocab_size, (n_sequence, options.prompt))
+        more: dict[str, Any] = {}
+        if way != "called":
+            mode = transformers.CompileConfig(mode=COMPILE_MODES[way])
+            more = {"cache_implementation": "static", "compile_config": mode}
+        return functools.partial(
+            mine.generate,
+            prompt.to(options.device),
+            attention_mask=torch.ones_like(prompt, device=options.device),
+            min_new_tokens=options.new,
+            max_new_tokens=options.new,
+            do_sample=False,
+            pad_token_id=0,
+            **more,
+        )
 
-    def step(implementation: str) -> Any:
-        model.set_experts_implementation(implementation)
-        result = model(next(tokens), past_key_values=cache, use_cache=True)
-        cache.crop(-1)
-        return result
-
-    names = [
-        n for n in IMPLEMENTATIONS if n != "batched_mm" or options.prompt <= BATCHED_MAX_TOKENS
-    ]
-    calls = {name: functools.partial(first, name) for name in names}
-    seconds = interleave(calls, options.seconds)
-    title = f"{options.layers} layers, prompt of {options.prompt}"
-    report(title, {name: 1e3 * value for name, value in seconds.items()}, "ms")
-    calls = {name: functools.partial(step, name) for name in IMPLEMENTATIONS}
-    seconds = interleave(calls, options.seconds)
-    title = f"{options.layers} layers, generation at batch 1"
-    rates = {name: 1 / value for name, value in seconds.items()}
-    report(title, rates, "tokens/s", is_rate=True)
+    for way, n_sequence in itertools.product(options.ways, options.batches):
+        torch.compiler.reset()
+        n_token = n_sequence * options.new
+        compare(
+            f"{options.layers} layers, prompt of {options.prompt}, generate {options.new} x "
+            f"{n_sequence}, {way}",
+            functools.partial(contender, way, n_sequence),
+            usable(n_sequence * options.prompt),
+            options.seconds,
+            lambda seconds, n_token=n_token: n_token / seconds,
+            "tokens/s",
+        )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main() -> None:
     options = arguments()
     dtype = getattr(torch, options.dtype)
     torch.manual_seed(0)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    machine = f"{torch.get_num_threads()} threads; {moepad.cpu_isa()}"
+    if options.device != "cpu":
+        machine = torch.cuda.get_device_name()
     print(
-        f"transformers {transformers.__version__}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads; moepad {moepad.__version__}, {moepad.cpu_isa()}, "
-        f"{moepad.get_num_threads()} threads; {options.dtype}, {options.hidden} wide, "
+        f"transformers {transformers.__version__}, torch {torch.__version__}, moepad "
+        f"{moepad.__version__}, {machine}; {options.dtype}, {options.hidden} wide, "
         f"{options.inter} inside, top {options.topk} of {options.experts} experts "
         f"({options.model_experts} in the model); x: how many times as fast moepad is"
     )
