@@ -77,10 +77,12 @@ def sharing(module: Any) -> Any:
     return copy.deepcopy(module, {id(weight): weight for weight in module.parameters()})
 
 
-def usable(n_token: int) -> list[str]:
-    """The implementations that take so many tokens in reasonable time and memory."""
-    few = n_token <= BATCHED_MAX_TOKENS
-    return [name for name in IMPLEMENTATIONS if few or name != "batched_mm"]
+def usable(n_token: int, way: str) -> list[str]:
+    """The implementations that take so many tokens in reasonable time and memory, that way."""
+    unusable = set() if n_token <= BATCHED_MAX_TOKENS else {"batched_mm"}
+    if way == "graph":
+        unusable.add("eager")  # reads ids on the host
+    return [name for name in IMPLEMENTATIONS if name not in unusable]
 
 
 def compare(
@@ -162,7 +164,7 @@ def time_layer(options: argparse.Namespace, dtype: torch.dtype) -> None:
         compare(
             f"layer, {n_token} tokens, {way}",
             functools.partial(contender, way, n_token),
-            usable(n_token),
+            usable(n_token, way),
             options.seconds,
             lambda seconds: 1e3 * seconds / n_call,
             "ms",
@@ -201,7 +203,7 @@ def time_model(options: argparse.Namespace, dtype: torch.dtype) -> None:
             f"{options.layers} layers, prompt of {options.prompt}, generate {options.new} x "
             f"{n_sequence}, {way}",
             functools.partial(contender, way, n_sequence),
-            usable(n_sequence * options.prompt),
+            usable(n_sequence * options.prompt, way),
             options.seconds,
             lambda seconds, n_token=n_token: n_token / seconds,
             "tokens/s",

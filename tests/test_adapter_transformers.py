@@ -323,6 +323,15 @@ def test_expert_parallel_ids() -> None:
     torch.testing.assert_close(experts(x, far, weights), right, rtol=1e-5, atol=1e-5)
 
 
+def test_modules_without_the_facts_of_5_23() -> None:
+    """Older transformers say neither; there any module may be one of expert parallelism."""
+    experts, (x, ids, weights) = make_experts("qwen3_moe", "Qwen3MoeExperts"), make_tokens()
+    far = torch.where(ids > 4, 8, ids)
+    right = eager(experts, x, far, weights)
+    del experts._is_expert_parallel, experts.has_post_expert_norm
+    torch.testing.assert_close(experts(x, far, weights), right, rtol=1e-5, atol=1e-5)
+
+
 def test_gradients_are_refused() -> None:
     experts, (x, ids, weights) = make_experts("qwen3_moe", "Qwen3MoeExperts"), make_tokens()
     text = "forward only.*requires grad.*set_experts_implementation"

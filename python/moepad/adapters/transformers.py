@@ -72,7 +72,7 @@ def experts_forward(
     x = hidden_states
     if x.dtype != w13.dtype and torch.is_autocast_enabled(x.device.type):
         x = x.to(w13.dtype)
-    if module._is_expert_parallel:
+    if getattr(module, "_is_expert_parallel", True):  # before 5.23 every module may be
         top_k_index = torch.where(top_k_index < module.num_experts, top_k_index, -1)
     out: Tensor = _fused_moe(
         x.contiguous(),
@@ -168,7 +168,7 @@ def _limits(module: Any) -> list[float]:
 
 def _recognise(module: Any) -> Recipe:
     name = type(module).__name__
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):  # since 5.23
         raise UnsupportedError(
             f"{name}: no kernel for a norm after each expert (has_post_expert_norm); use "
             "model.set_experts_implementation('grouped_mm')"
