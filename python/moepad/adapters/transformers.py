@@ -8,6 +8,7 @@ refused if it is not.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -55,7 +56,8 @@ def experts_forward(
         Gradients are asked for.
     """
     module: Any = self
-    activation, alpha, limit = _recipe(module)
+    is_traced = torch.compiler.is_compiling()
+    activation, alpha, limit = _recipe_at(id(module)) if is_traced else _recipe(module)
     w13 = module.gate_up_proj if module.has_gate else module.up_proj
     w2 = module.down_proj
     w13_bias = w2_bias = None
@@ -141,6 +143,11 @@ _recipes: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Any, Recipe]] = (
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _recipe_at(address: int) -> Recipe:
+    """Of the module with this id: compilers before torch 2.13 take no module as a constant."""
+    return _recipe(ctypes.cast(address, ctypes.py_object).value)
+
+
 def _recipe(module: Any) -> Recipe:
     facts = (getattr(module, "act_fn", None), _alphas(module), _limits(module))
     known = _recipes.get(module)
