@@ -25,10 +25,12 @@ SOURCES = [
     "csrc/gpu_hip.c",
     "csrc/gpu_cuda.c",
     "csrc/gpu_run.c",
+    "csrc/gpu_memory.c",
     "csrc/cpu_portable.c",
     "csrc/cpu.c",
     "csrc/tensor.c",
     "csrc/device.c",
+    "csrc/memory.c",
     "csrc/module.c",
 ]
 # One kernel file per instruction set, each compiled for it; cpu.c picks one at run time.

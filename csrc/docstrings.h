@@ -376,6 +376,27 @@ static const char gpu_report_doc[] =
     "    path, verdict and whether it was taken), 'devices' (index, name, arch, multiprocessors,\n"
     "    memory), 'error' (a message or None).\n";
 
+static const char gpu_memory_doc[] =
+    "gpu_memory($module, device_type, index, n_bytes, /)" SIGNATURE_END
+    "A capsule that owns bytes of zeros on a GPU; `device_type` as DLPack numbers it.\n";
+
+static const char gpu_export_doc[] =
+    "gpu_export($module, memory, offset, dtype, itemsize, shape, strides, is_versioned, "
+    "/)" SIGNATURE_END
+    "A DLPack capsule of an array in such memory, which it keeps; offset and strides in bytes.\n";
+
+static const char gpu_staging_doc[] =
+    "gpu_staging($module, device_type, index, /)" SIGNATURE_END
+    "A capsule that owns two pinned buffers through which `gpu_put` copies in turn.\n";
+
+static const char gpu_put_doc[] = "gpu_put($module, staging, dst, src, /)" SIGNATURE_END
+                                  "Copy an array of the host to one on the staging's GPU, which "
+                                  "has it after `gpu_wait`; `src` may\n"
+                                  "change meanwhile.\n";
+
+static const char gpu_wait_doc[] =
+    "gpu_wait($module, staging, /)" SIGNATURE_END "Wait for every copy of `gpu_put`.\n";
+
 #undef SIGNATURE_END
 
 #endif

@@ -44,7 +44,13 @@ typedef struct mpad_gpu_api {
     mpad_code (*launch)(void *function, unsigned grid, unsigned block, unsigned lds_bytes,
                         bool is_dependent, void *argument, void *stream, mpad_status *status);
     mpad_code (*allocate)(int64_t n_bytes, void **address, mpad_status *status);
-    mpad_code (*release)(void *address, mpad_status *status);
+    mpad_code (*release)(void *address, mpad_status *status); /* spoils no capture under way */
+    mpad_code (*clear)(void *address, int64_t n_bytes, void *stream, mpad_status *status);
+    /* Of the host, and such that copies from it need not wait for the host. */
+    mpad_code (*allocate_host)(int64_t n_bytes, void **address, mpad_status *status);
+    mpad_code (*release_host)(void *address, mpad_status *status);
+    mpad_code (*make_stream)(void **stream, mpad_status *status);
+    mpad_code (*end_stream)(void *stream, mpad_status *status);
     mpad_code (*copy)(const mpad_gpu_transfer *transfer, void *stream, mpad_status *status);
     mpad_code (*wait)(void *stream, mpad_status *status);
 } mpad_gpu_api;

@@ -16,6 +16,8 @@ enum {
     CUDA_PROGRAMMATIC_SERIALIZATION = 6,
     CUDA_MEMORY_UNIFIED = 4,
     CUDA_MAX_DEVICES = 64,
+    CUDA_STREAM_NON_BLOCKING = 1,
+    CUDA_CAPTURE_RELAXED = 2,
 };
 
 typedef struct launch_attribute {
@@ -73,7 +75,14 @@ _Static_assert(sizeof(launch_attribute) == 72 && sizeof(launch_config) == 56 &&
     X(cuMemFree, "cuMemFree_v2", (void *address))                                                  \
     X(cuMemcpyAsync, "cuMemcpyAsync", (void *to, const void *from, size_t n_bytes, void *stream))  \
     X(cuMemcpy2DAsync, "cuMemcpy2DAsync_v2", (const copy_2d *copy, void *stream))                  \
+    X(cuMemsetD8Async, "cuMemsetD8Async",                                                          \
+      (void *address, unsigned char value, size_t n_bytes, void *stream))                          \
+    X(cuMemHostAlloc, "cuMemHostAlloc", (void **address, size_t n_bytes, unsigned flags))          \
+    X(cuMemFreeHost, "cuMemFreeHost", (void *address))                                             \
+    X(cuStreamCreate, "cuStreamCreate", (void **stream, unsigned flags))                           \
+    X(cuStreamDestroy, "cuStreamDestroy_v2", (void *stream))                                       \
     X(cuStreamSynchronize, "cuStreamSynchronize", (void *stream))                                  \
+    X(cuThreadExchangeStreamCaptureMode, "cuThreadExchangeStreamCaptureMode", (int *mode))         \
     X(cuGetErrorName, "cuGetErrorName", (int error, const char **name))
 
 static struct {
@@ -212,9 +221,43 @@ static mpad_code allocate(int64_t n_bytes, void **address, mpad_status *status)
     return MPAD_OK;
 }
 
+/* Python frees whenever it likes, during another thread's capture too. */
 static mpad_code release(void *address, mpad_status *status)
 {
-    CUDA_TRY(cuMemFree, address);
+    int mode = CUDA_CAPTURE_RELAXED;
+    cuda.cuThreadExchangeStreamCaptureMode(&mode);
+    int error = cuda.cuMemFree(address);
+    cuda.cuThreadExchangeStreamCaptureMode(&mode);
+    return error == CUDA_SUCCESS ? MPAD_OK : fail("cuMemFree", error, status);
+}
+
+static mpad_code clear(void *address, int64_t n_bytes, void *stream, mpad_status *status)
+{
+    CUDA_TRY(cuMemsetD8Async, address, 0, (size_t)n_bytes, stream);
+    return MPAD_OK;
+}
+
+static mpad_code allocate_host(int64_t n_bytes, void **address, mpad_status *status)
+{
+    CUDA_TRY(cuMemHostAlloc, address, (size_t)n_bytes, 0);
+    return MPAD_OK;
+}
+
+static mpad_code release_host(void *address, mpad_status *status)
+{
+    CUDA_TRY(cuMemFreeHost, address);
+    return MPAD_OK;
+}
+
+static mpad_code make_stream(void **stream, mpad_status *status)
+{
+    CUDA_TRY(cuStreamCreate, stream, CUDA_STREAM_NON_BLOCKING);
+    return MPAD_OK;
+}
+
+static mpad_code end_stream(void *stream, mpad_status *status)
+{
+    CUDA_TRY(cuStreamDestroy, stream);
     return MPAD_OK;
 }
 
@@ -277,6 +320,11 @@ mpad_code mpad_gpu_cuda_open(void *library, const char *path, const mpad_gpu_api
         .launch = launch,
         .allocate = allocate,
         .release = release,
+        .clear = clear,
+        .allocate_host = allocate_host,
+        .release_host = release_host,
+        .make_stream = make_stream,
+        .end_stream = end_stream,
         .copy = copy,
         .wait = wait,
     };

@@ -6,7 +6,13 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { HIP_SUCCESS = 0, HIP_MEMCPY_DEFAULT = 4, HIP_MULTIPROCESSOR_COUNT = 63 };
+enum {
+    HIP_SUCCESS = 0,
+    HIP_MEMCPY_DEFAULT = 4,
+    HIP_MULTIPROCESSOR_COUNT = 63,
+    HIP_STREAM_NON_BLOCKING = 1,
+    HIP_CAPTURE_RELAXED = 2,
+};
 
 /* X(result, name, parameters) */
 #define HIP_LIST(X)                                                                                \
@@ -30,7 +36,13 @@ enum { HIP_SUCCESS = 0, HIP_MEMCPY_DEFAULT = 4, HIP_MULTIPROCESSOR_COUNT = 63 };
     X(int, hipMemcpy2DAsync,                                                                       \
       (void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t n_bytes,             \
        size_t n_row, int kind, void *stream))                                                      \
+    X(int, hipMemsetAsync, (void *address, int value, size_t n_bytes, void *stream))               \
+    X(int, hipHostMalloc, (void **address, size_t n_bytes, unsigned flags))                        \
+    X(int, hipHostFree, (void *address))                                                           \
+    X(int, hipStreamCreateWithFlags, (void **stream, unsigned flags))                              \
+    X(int, hipStreamDestroy, (void *stream))                                                       \
     X(int, hipStreamSynchronize, (void *stream))                                                   \
+    X(int, hipThreadExchangeStreamCaptureMode, (int *mode))                                        \
     X(int, hipGetLastError, (void))                                                                \
     X(const char *, hipGetErrorName, (int error))
 
@@ -147,9 +159,43 @@ static mpad_code allocate(int64_t n_bytes, void **address, mpad_status *status)
     return MPAD_OK;
 }
 
+/* Python frees whenever it likes, during another thread's capture too. */
 static mpad_code release(void *address, mpad_status *status)
 {
-    HIP_TRY(hipFree, address);
+    int mode = HIP_CAPTURE_RELAXED;
+    hip.hipThreadExchangeStreamCaptureMode(&mode);
+    int error = hip.hipFree(address);
+    hip.hipThreadExchangeStreamCaptureMode(&mode);
+    return error == HIP_SUCCESS ? MPAD_OK : fail("hipFree", error, status);
+}
+
+static mpad_code clear(void *address, int64_t n_bytes, void *stream, mpad_status *status)
+{
+    HIP_TRY(hipMemsetAsync, address, 0, (size_t)n_bytes, stream);
+    return MPAD_OK;
+}
+
+static mpad_code allocate_host(int64_t n_bytes, void **address, mpad_status *status)
+{
+    HIP_TRY(hipHostMalloc, address, (size_t)n_bytes, 0);
+    return MPAD_OK;
+}
+
+static mpad_code release_host(void *address, mpad_status *status)
+{
+    HIP_TRY(hipHostFree, address);
+    return MPAD_OK;
+}
+
+static mpad_code make_stream(void **stream, mpad_status *status)
+{
+    HIP_TRY(hipStreamCreateWithFlags, stream, HIP_STREAM_NON_BLOCKING);
+    return MPAD_OK;
+}
+
+static mpad_code end_stream(void *stream, mpad_status *status)
+{
+    HIP_TRY(hipStreamDestroy, stream);
     return MPAD_OK;
 }
 
@@ -207,6 +253,11 @@ mpad_code mpad_gpu_hip_open(void *library, const char *path, const mpad_gpu_api 
         .launch = launch,
         .allocate = allocate,
         .release = release,
+        .clear = clear,
+        .allocate_host = allocate_host,
+        .release_host = release_host,
+        .make_stream = make_stream,
+        .end_stream = end_stream,
         .copy = copy,
         .wait = wait,
     };

@@ -131,6 +131,19 @@ static mpad_code end_scope(const mpad_gpu_api *api, const mpad_gpu_scope *scope,
     return code;
 }
 
+mpad_code mpad_gpu_enter(const mpad_gpu *gpu, mpad_gpu_scope *scope, const mpad_gpu_api **api,
+                         mpad_status *status)
+{
+    *api = gpu->api;
+    return fail_of(gpu, gpu->api->enter(gpu->device.index, scope, status), status);
+}
+
+mpad_code mpad_gpu_leave(const mpad_gpu *gpu, const mpad_gpu_scope *scope, mpad_code code,
+                         mpad_status *status)
+{
+    return fail_of(gpu, end_scope(gpu->api, scope, code, status), status);
+}
+
 static mpad_code describe_new(mpad_device device, mpad_gpu **gpu, mpad_status *status)
 {
     mpad_gpu *made = *gpu = calloc(1, sizeof *made);
@@ -387,21 +400,32 @@ static mpad_code copy_all(const mpad_gpu *gpu, const mpad_view *dst, const mpad_
         rows.from_pitch = src->stride[dim];
         dim--;
     }
-    MPAD_TRY(copy_rows(gpu, dst, src, dim, &rows, stream, status));
-    bool is_host = dst->device.vendor == MPAD_HOST || src->device.vendor == MPAD_HOST;
-    return is_host ? gpu->api->wait(stream, status) : MPAD_OK;
+    return copy_rows(gpu, dst, src, dim, &rows, stream, status);
+}
+
+static mpad_code copy_within(const mpad_gpu *gpu, const mpad_view *dst, const mpad_view *src,
+                             bool is_waiting, void *stream, mpad_status *status)
+{
+    const mpad_gpu_api *api;
+    mpad_gpu_scope scope;
+    if (mpad_view_count(dst) == 0)
+        return MPAD_OK;
+    MPAD_TRY(mpad_gpu_enter(gpu, &scope, &api, status));
+    mpad_code code = copy_all(gpu, dst, src, stream, status);
+    if (code == MPAD_OK && is_waiting)
+        code = api->wait(stream, status);
+    return mpad_gpu_leave(gpu, &scope, code, status);
+}
+
+mpad_code mpad_gpu_copy_later(const mpad_gpu *gpu, const mpad_view *dst, const mpad_view *src,
+                              void *stream, mpad_status *status)
+{
+    return copy_within(gpu, dst, src, false, stream, status);
 }
 
 mpad_code mpad_gpu_copy(const mpad_gpu *gpu, const mpad_view *dst, const mpad_view *src,
                         void *stream, mpad_status *status)
 {
-    mpad_gpu_scope scope;
-    if (mpad_view_count(dst) == 0)
-        return MPAD_OK;
-    mpad_code code = gpu->api->enter(gpu->device.index, &scope, status);
-    if (code == MPAD_OK) {
-        code = copy_all(gpu, dst, src, stream, status);
-        code = end_scope(gpu->api, &scope, code, status);
-    }
-    return fail_of(gpu, code, status);
+    bool is_host = dst->device.vendor == MPAD_HOST || src->device.vendor == MPAD_HOST;
+    return copy_within(gpu, dst, src, is_host, stream, status);
 }

@@ -56,8 +56,19 @@ mpad_code mpad_gpu_run(mpad_gpu *gpu, const mpad_moe *moe, const void *n_token_d
                        mpad_status *status);
 
 /* dst = src, one of them on the device or both, of one shape and element size, elements of a row
- * next to each other. On the stream; returns when it is done if the other is the host's. */
+ * next to each other. Only put on the stream; `mpad_gpu_copy` returns when it is done if the other
+ * is the host's. */
+mpad_code mpad_gpu_copy_later(const mpad_gpu *gpu, const mpad_view *dst, const mpad_view *src,
+                              void *stream, mpad_status *status);
 mpad_code mpad_gpu_copy(const mpad_gpu *gpu, const mpad_view *dst, const mpad_view *src,
                         void *stream, mpad_status *status);
+
+/* Makes the device the thread's current one for calls of its runtime, and what was current so
+ * again; a fault of the work between, which ended with `code`, is told first and with the device.
+ */
+mpad_code mpad_gpu_enter(const mpad_gpu *gpu, mpad_gpu_scope *scope, const mpad_gpu_api **api,
+                         mpad_status *status);
+mpad_code mpad_gpu_leave(const mpad_gpu *gpu, const mpad_gpu_scope *scope, mpad_code code,
+                         mpad_status *status);
 
 #endif

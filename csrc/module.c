@@ -1,4 +1,4 @@
-/* Level 6: the Python module moepad._core: its functions and their documentation, its state, and
+/* Level 7: the Python module moepad._core: its functions and their documentation, its state, and
  * the one place where a status becomes an exception. Parses arguments and carries results; sizes,
  * checks and work are below. Holds no GIL while the engine or a copy runs. */
 #include <Python.h>
@@ -7,6 +7,7 @@
 #include "cpu.h"
 #include "device.h"
 #include "docstrings.h"
+#include "memory.h"
 #include "moe.h"
 #include "plan.h"
 #include "pool.h"
@@ -1078,6 +1079,133 @@ static PyObject *gpu_report(PyObject *module, PyObject *unused)
     return mpad_device_report();
 }
 
+/* Memory of GPUs, for moepad.devices; positional arguments only. */
+
+static mpad_code find_gpu(int device_type, int index, mpad_device *device, mpad_gpu **gpu,
+                          mpad_status *status)
+{
+    MPAD_TRY(mpad_memory_take_device(device_type, index, device, status));
+    return mpad_device_find(*device, gpu, status);
+}
+
+static PyObject *gpu_memory(PyObject *module, PyObject *args)
+{
+    mpad_status status;
+    mpad_device device;
+    mpad_gpu *gpu;
+    int device_type, index;
+    long long n_bytes;
+    if (!PyArg_ParseTuple(args, "iiL", &device_type, &index, &n_bytes))
+        return NULL;
+    PyObject *memory = NULL;
+    if (find_gpu(device_type, index, &device, &gpu, &status) == MPAD_OK)
+        memory = mpad_memory_new(gpu, device, n_bytes, &status);
+    return memory ? memory : raise_status(state_of(module), &status);
+}
+
+/* Numbers of a tuple; -1 with an exception, or how many. */
+static int take_numbers(PyObject *tuple, int64_t *numbers)
+{
+    int n = (int)PyTuple_Size(tuple);
+    if (n > MPAD_VIEW_MAX_DIM) {
+        PyErr_Format(PyExc_ValueError, "expected at most %d dimensions", MPAD_VIEW_MAX_DIM);
+        return -1;
+    }
+    for (int i = 0; i < n; i++) {
+        numbers[i] = PyLong_AsLongLong(PyTuple_GetItem(tuple, i));
+        if (PyErr_Occurred())
+            return -1;
+    }
+    return n;
+}
+
+static mpad_code take_dtype_name(const char *name, mpad_view *view, mpad_status *status)
+{
+    for (view->dtype = 0; view->dtype < MPAD_DTYPE_COUNT; view->dtype++)
+        if (strcmp(name, mpad_dtype_name(view->dtype)) == 0)
+            return MPAD_OK;
+    return mpad_fail(status, MPAD_VALUE, "dtype: unknown name %s", name);
+}
+
+static PyObject *gpu_export(PyObject *module, PyObject *args)
+{
+    mpad_status status;
+    mpad_view view = {.n_item_bytes = 0};
+    PyObject *memory, *shape, *strides;
+    const char *dtype;
+    long long offset, n_item_bytes;
+    int is_versioned;
+    if (!PyArg_ParseTuple(args, "OLsLO!O!p", &memory, &offset, &dtype, &n_item_bytes, &PyTuple_Type,
+                          &shape, &PyTuple_Type, &strides, &is_versioned))
+        return NULL;
+    view.data = (char *)(intptr_t)offset;
+    view.n_item_bytes = n_item_bytes;
+    view.n_dim = take_numbers(shape, view.size);
+    if (view.n_dim < 0 || take_numbers(strides, view.stride) != view.n_dim)
+        return NULL;
+    PyObject *capsule = NULL;
+    if (take_dtype_name(dtype, &view, &status) == MPAD_OK)
+        capsule = mpad_memory_export(memory, &view, is_versioned, &status);
+    return capsule ? capsule : raise_status(state_of(module), &status);
+}
+
+static PyObject *gpu_staging(PyObject *module, PyObject *args)
+{
+    mpad_status status;
+    mpad_device device;
+    mpad_gpu *gpu;
+    int device_type, index;
+    if (!PyArg_ParseTuple(args, "ii", &device_type, &index))
+        return NULL;
+    PyObject *staging = NULL;
+    if (find_gpu(device_type, index, &device, &gpu, &status) == MPAD_OK)
+        staging = mpad_memory_staging_new(gpu, &status);
+    return staging ? staging : raise_status(state_of(module), &status);
+}
+
+static mpad_code put_views(mpad_staging *staging, const mpad_view *dst, const mpad_view *src,
+                           mpad_status *status)
+{
+    mpad_code code;
+    Py_BEGIN_ALLOW_THREADS code = mpad_staging_put(staging, dst, src, status);
+    Py_END_ALLOW_THREADS return code;
+}
+
+static PyObject *gpu_put(PyObject *module, PyObject *args)
+{
+    module_state *state = state_of(module);
+    mpad_status status;
+    mpad_view dst, src;
+    mpad_leases leases = {.n = 0};
+    PyObject *capsule, *to, *from;
+    if (!PyArg_ParseTuple(args, "OOO", &capsule, &to, &from))
+        return NULL;
+    mpad_staging *staging = mpad_memory_staging(capsule);
+    if (!staging)
+        return NULL;
+    mpad_code code = mpad_tensor_acquire(&state->tensors, to, "dst", true, &dst, &leases, &status);
+    if (code == MPAD_OK)
+        code = mpad_tensor_acquire(&state->tensors, from, "src", false, &src, &leases, &status);
+    if (code == MPAD_OK)
+        code = put_views(staging, &dst, &src, &status);
+    mpad_leases_end(&leases);
+    if (code != MPAD_OK)
+        return raise_status(state, &status);
+    Py_RETURN_NONE;
+}
+
+static PyObject *gpu_wait(PyObject *module, PyObject *capsule)
+{
+    mpad_status status;
+    mpad_code code;
+    mpad_staging *staging = mpad_memory_staging(capsule);
+    if (!staging)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS code = mpad_staging_wait(staging, &status);
+    Py_END_ALLOW_THREADS if (code != MPAD_OK) return raise_status(state_of(module), &status);
+    Py_RETURN_NONE;
+}
+
 /* The module. */
 
 #define METHOD(name)                                                                               \
@@ -1100,6 +1228,11 @@ static PyMethodDef methods[] = {
     METHOD(read_bandwidth),
     METHOD(peak_flops),
     METHOD_PLAIN(gpu_report),
+    {"gpu_memory", gpu_memory, METH_VARARGS, gpu_memory_doc},
+    {"gpu_export", gpu_export, METH_VARARGS, gpu_export_doc},
+    {"gpu_staging", gpu_staging, METH_VARARGS, gpu_staging_doc},
+    {"gpu_put", gpu_put, METH_VARARGS, gpu_put_doc},
+    {"gpu_wait", gpu_wait, METH_O, gpu_wait_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -10,7 +10,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 # Those that need Python's headers.
-PYTHON_SOURCES = ("csrc/module.c", "csrc/tensor.c", "csrc/device.c")
+PYTHON_SOURCES = ("csrc/module.c", "csrc/memory.c", "csrc/tensor.c", "csrc/device.c")
 
 
 def setup_constant(name: str) -> Any:

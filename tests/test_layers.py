@@ -132,8 +132,8 @@ FENCES = [
     (r"\bnumpy/|\bNPY_\w+|\bPyArray\w*", ("tensor.c", "module.c"), "tensor.c knows NumPy"),
     (
         r"\bPy[A-Z]\w*|\bPy_\w+",
-        ("tensor.h", "tensor.c", "device.h", "device.c", "module.c"),
-        "levels 0-4 know no Python",
+        ("tensor.h", "tensor.c", "device.h", "device.c", "memory.h", "memory.c", "module.c"),
+        "who knows Python",
     ),
     (r"\bPyMethodDef\b|\bPyModuleDef\b|\bPyInit_\w+", ("module.c",), "one method table"),
     (r"\bPyErr_Set\w*|\bPyErr_Format\b", ("tensor.c", "module.c"), "the core does not raise"),

@@ -30,7 +30,7 @@ from checkpoints import (
 from conftest import in_child, require
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from moepad import CheckpointError, UnsupportedError, reference, weights
+from moepad import CheckpointError, _core, reference
 from moepad.checkpoint import open_source
 from moepad.layouts import LAYOUTS, expert_prefixes
 from moepad.testing import check_bits
@@ -680,9 +680,10 @@ def test_fuzz_files(
     assert experts.w13.shape == (2, 6, 2)
 
 
-def test_other_devices_are_unsupported() -> None:
-    with pytest.raises(UnsupportedError, match="device: 'cuda' is not available yet"):
-        moepad.load_experts({}, PREFIX, moepad.plan(**SMALL), device="cuda")
+@pytest.mark.parametrize("device", ["tpu", "cuda:", "cuda:-1", "cpu:1", "", None, 0])
+def test_unknown_devices(device: Any) -> None:
+    with pytest.raises(ValueError, match="device: expected 'cpu', 'cuda', 'hip' or 'rocm'"):
+        moepad.load_experts({}, PREFIX, moepad.plan(**SMALL), device=device)
 
 
 def test_wrong_kinds_of_arguments() -> None:
@@ -845,8 +846,8 @@ def test_update_when_a_file_shrinks_meanwhile(
             return
         original(dst, src)
 
-    original = weights.copy
-    monkeypatch.setattr(weights, "copy", copy)
+    original = _core.copy
+    monkeypatch.setattr(_core, "copy", copy)
     with pytest.raises(CheckpointError, match="was cut to 9000 bytes"):
         experts.update(folder)
     assert bits_of(experts) == before
@@ -859,7 +860,7 @@ def test_update_when_interrupted(
     """Ctrl-C at any moment: files are undone, what is in memory already is done whole."""
     new = make_checkpoint("gate_up_down", **SMALL, seed=9)
     source = SOURCES[kind](tmp_path / "c", new)
-    original = weights.copy
+    original = _core.copy
     for n in range(len(new)):
         experts = loaded()
         before, n_copy = bits_of(experts), 0
@@ -871,7 +872,7 @@ def test_update_when_interrupted(
             if n_copy == n + 1:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(weights, "copy", copy)
+        monkeypatch.setattr(_core, "copy", copy)
         with pytest.raises(KeyboardInterrupt):
             experts.update(source)
         if kind == "dict":

@@ -6,6 +6,7 @@ moves elements between the two, by one function for both directions.
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,8 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moepad._core import CheckpointError, UnsupportedError, copy, fused_moe
+from moepad._core import CheckpointError, copy, fused_moe
 from moepad.checkpoint import NUMPY_DTYPES, Shard, SourceLike, Stored, open_source
+from moepad.devices import DeviceArray, Memory, memory_of, on_host
 from moepad.elements import as_held, as_stored, bytes_apart
 from moepad.layouts import find_experts
 from moepad.padding import Plan
@@ -28,15 +30,13 @@ __all__ = ["Experts", "load_experts"]
 
 Array = NDArray[Any]
 
-_PAGE = 4096  # bytes; tensors start on a page, so that none shares one with other data
-
 
 def load_experts(
     source: SourceLike,
     prefix: str,
     plan: Plan,
     *,
-    device: str = "cpu",
+    device: Any = "cpu",
     layout: str | None = None,
     progress: bool | None = None,
 ) -> Experts:
@@ -60,7 +60,10 @@ def load_experts(
         where the plan has f32, and become f32. Weights in f8_e4m3fn become f8_e4m3fnuz where the
         plan says so: the same bytes, 0 for 0x80, and scales twice as large, so that every weight
         is exactly what it was.
-    device : "cpu"
+    device : str or torch.device
+        Where the tensors go: "cpu", "cuda:1", "hip:0" (see `moepad.devices.memory_of`). On a GPU
+        they are `moepad.devices.DeviceArray`, memory of the runtime's own, filled through pinned
+        buffers of 64 MiB while the next values are read.
     layout : str, optional
         How the tensors are named and ordered: a name of `moepad.layouts.LAYOUTS`. Needed only
         where config.json, names and shapes leave it open. How quantised weights are stored shows
@@ -78,19 +81,20 @@ def load_experts(
         A tensor is missing, stored twice, of another shape or dtype, or does not belong; an expert
         is missing or beyond the plan; a file is truncated, corrupt or missing; a scale, or a weight
         to be converted, is NaN.
+    DeviceError
+        The device's runtime is missing, or reports a failure; nothing stays allocated.
     UnsupportedError
-        `device` is not available yet.
+        There are no kernels for the device.
     ValueError
-        `layout` is unknown.
+        `layout` or `device` is unknown.
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a moepad.Plan, got {type(plan).__name__}")
     if not isinstance(prefix, str):
         raise TypeError(f"prefix: expected a str, got {type(prefix).__name__}")
-    if str(device) != "cpu":
-        raise UnsupportedError(f"device: {device!r} is not available yet, only 'cpu'")
+    memory = memory_of(device)
     inventory = _take_inventory(source, prefix, plan, layout)
-    experts = Experts(plan, inventory.root, inventory.layout)
+    experts = Experts(plan, inventory.root, inventory.layout, memory)
     experts._fill(inventory.pieces, progress)
     experts.extras = inventory.extras
     return experts
@@ -115,34 +119,40 @@ class Experts:
         the prefix: scales of statically quantised activations (activations are not quantised
         here), shapes.
     plan : Plan
+    device : str
+        "cpu", "cuda:0", "hip:0".
     prefix, layout : str
         What the tensors' names in `state_dict` begin with, and the `moepad.layouts.Layout` they
         and their axes follow: those first loaded from.
     """
 
-    def __init__(self, plan: Plan, root: str, layout: Layout) -> None:
+    def __init__(self, plan: Plan, root: str, layout: Layout, memory: Memory) -> None:
         dtype, bias_dtype = NUMPY_DTYPES[plan.storage_dtype], NUMPY_DTYPES[plan.bias_dtype]
+        zeros = memory.zeros
         self.plan = plan
-        self.w13 = _zeros(plan.w13_shape, dtype)
-        self.w2 = _zeros(plan.w2_shape, dtype)
-        self.w13_scale = _ones(plan.w13_scale_shape, plan.scale_dtype)
-        self.w2_scale = _ones(plan.w2_scale_shape, plan.scale_dtype)
-        self.w13_bias = _zeros(plan.w13_bias_shape, bias_dtype) if plan.w13_bias_shape else None
-        self.w2_bias = _zeros(plan.w2_bias_shape, bias_dtype) if plan.w2_bias_shape else None
+        self.device = str(memory)
+        self.w13 = zeros(plan.w13_shape, dtype)
+        self.w2 = zeros(plan.w2_shape, dtype)
+        self.w13_scale = _ones(memory, plan.w13_scale_shape, plan.scale_dtype)
+        self.w2_scale = _ones(memory, plan.w2_scale_shape, plan.scale_dtype)
+        self.w13_bias = zeros(plan.w13_bias_shape, bias_dtype) if plan.w13_bias_shape else None
+        self.w2_bias = zeros(plan.w2_bias_shape, bias_dtype) if plan.w2_bias_shape else None
         self.extras: dict[str, Array] = {}
         self.prefix, self.layout = root, layout.name
         self._layout = layout
-        self._expert_map: NDArray[np.int32] | None = None
+        self._memory = memory
+        self._expert_map: Array | DeviceArray | None = None
         if plan.ep_size > 1:
-            self._expert_map = np.full(plan.n_expert_global, -1, np.int32)
-            self._expert_map[plan.expert_start : plan.expert_stop] = np.arange(plan.n_expert)
+            ids = np.full(plan.n_expert_global, -1, np.int32)
+            ids[plan.expert_start : plan.expert_stop] = np.arange(plan.n_expert)
+            self._expert_map = _placed(memory, ids)
 
     def __repr__(self) -> str:
         p = self.plan
         return (
             f"<Experts {self.prefix!r} ({self.layout}): columns [{p.start}, {p.stop}) of "
             f"{p.n_inter_global} in {p.n_inter_pad}, experts [{p.expert_start}, {p.expert_stop}) "
-            f"of {p.n_expert_global}, {p.storage_dtype}>"
+            f"of {p.n_expert_global}, {p.storage_dtype}, {self.device}>"
         )
 
     def __call__(self, hidden_states: Any, topk_weights: Any, topk_ids: Any, **options: Any) -> Any:
@@ -150,7 +160,7 @@ class Experts:
 
         Parameters
         ----------
-        hidden_states : array, [M, H], of the plan's dtype
+        hidden_states : array, [M, H], of the plan's dtype, on this device as are all others
         topk_weights, topk_ids : array, [M, k]
             Ids are those of the whole checkpoint, whatever experts this rank holds.
         **options
@@ -195,11 +205,11 @@ class Experts:
 
         Everything is checked before the first byte is written, as `load_experts` would. Values
         that are in memory already (arrays and CPU tensors of a dict) are then copied, which cannot
-        fail. For others reading can still fail, so the values about to be overwritten go to an
-        unnamed temporary file first (in TMPDIR; as large as this rank's tensors, gone afterwards)
-        and come back if anything is raised. `extras` become those of the source, if its tensors are
-        named as those first loaded were, else there are none. Not for use while another thread runs
-        the experts.
+        fail on a CPU. Reading others can still fail, and so can copies to a GPU: there the values
+        about to be overwritten go to an unnamed temporary file first (in TMPDIR; as large as this
+        rank's tensors, gone afterwards) and come back if anything is raised. `extras` become those
+        of the source, if its tensors are named as those first loaded were, else there are none.
+        Not for use while another thread runs the experts.
 
         Parameters
         ----------
@@ -212,6 +222,8 @@ class Experts:
         ------
         CheckpointError, ValueError
             As for `load_experts`; or the source's arrays are these very tensors.
+        DeviceError
+            As for `load_experts`; where the device itself is lost, so are the values.
         OSError
             The temporary file could not be written.
         """
@@ -221,7 +233,7 @@ class Experts:
         resident = [piece for piece in pieces if piece.stored.is_resident]
         for piece in resident:
             self._check_values(piece)
-        if len(resident) == len(pieces):
+        if len(resident) == len(pieces) and self.device == "cpu":
             try:
                 self._fill(pieces, progress)
             except BaseException:  # an interrupt, nothing else is left: finish, then pass it on
@@ -257,7 +269,7 @@ class Experts:
             shape = sizes.shape(part, given.stop - given.start, plan.n_expert)
             array = np.zeros(shape, NUMPY_DTYPES[part.dtypes[0]])
             for there, here in self._blocks(part, expert, given, array):
-                copy(there, as_stored(part, here, there.dtype))
+                copy(there, as_stored(part, on_host(here), there.dtype))
             state[_name(self.prefix, part, expert)] = array.T.copy() if is_tall else array
         if plan.tp_rank == 0:
             state |= {join(self.prefix, name): array.copy() for name, array in self.extras.items()}
@@ -302,7 +314,7 @@ class Experts:
         return path
 
     @property
-    def _tensors(self) -> dict[str, Array]:
+    def _tensors(self) -> dict[str, Any]:
         names = ("w13", "w2", "w13_scale", "w2_scale", "w13_bias", "w2_bias")
         named = {name: getattr(self, name) for name in names}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
@@ -311,16 +323,17 @@ class Experts:
         self,
         pieces: list[_Piece],
         progress: bool | None,
-        before: Callable[[Array], None] = lambda view: None,
+        before: Callable[[Any], None] = lambda view: None,
     ) -> None:
         """Copy all pieces in; `before` is called with each view about to be written."""
         from tqdm import tqdm  # type: ignore[import-untyped]
 
         own = self.plan.nbytes - self.plan.pad_nbytes
         disable = None if progress is None else not progress  # None: unless on a terminal
-        with tqdm(
+        bar_of = tqdm(
             total=own, desc=self.prefix, unit="B", unit_scale=True, leave=False, disable=disable
-        ) as bar:
+        )
+        with bar_of as bar, self._memory.writing() as put:
             for piece in pieces:
                 stored, array = piece.stored, piece.stored.fetch()
                 if (array.shape, array.dtype) != (stored.shape, NUMPY_DTYPES[stored.dtype]):
@@ -332,7 +345,7 @@ class Experts:
                 for there, here in self._blocks(piece.part, piece.expert, piece.held, array):
                     values = as_held(piece.part, piece.stored, there, here.dtype)
                     before(here)
-                    copy(here, values)
+                    put(here, values)
                     stored.release()
                     bar.update(here.nbytes)
 
@@ -344,7 +357,9 @@ class Experts:
             as_held(piece.part, piece.stored, there, here.dtype)
 
     def _check_apart(self, stored: Stored, array: Array) -> None:
-        if any(np.may_share_memory(array, own) for own in self._tensors.values()):
+        if self.device == "cpu" and any(
+            np.may_share_memory(array, own) for own in self._tensors.values()
+        ):
             raise CheckpointError(
                 f"{stored}: shares memory with the experts it would overwrite; pass a copy"
             )
@@ -357,7 +372,7 @@ class Experts:
 
     def _blocks(
         self, part: Part, expert: int | None, held: _Region, array: Array
-    ) -> Iterator[tuple[Array, Array]]:
+    ) -> Iterator[tuple[Array, Any]]:
         """Elements of a stored tensor that holds `held`, and the same elements here, as views.
 
         Of strided words and blocks the former are copies.
@@ -386,14 +401,13 @@ class Experts:
                 here = self._view(part, e - self.plan.expert_start, half, both.start, both.stop)
                 yield (there.T if part.is_transposed else there), here
 
-    def _view(self, part: Part, e: int, half: int, start: int, stop: int) -> Array:
+    def _view(self, part: Part, e: int, half: int, start: int, stop: int) -> Any:
         """The elements here of a half's columns [start, stop), in the part's units."""
         tensor = self._tensors[part.into]
         if not part.has_columns:
-            one = tensor[e : e + 1]
-            if part.into == "w13_scale":
-                return one.reshape(-1)[half : half + 1]
-            return one if tensor.ndim == 1 else one[0]
+            if tensor.ndim == 1:
+                return tensor[e : e + 1]
+            return tensor[e, half : half + 1] if part.into == "w13_scale" else tensor[e]
         first = _first_column(self.plan, part)
         here = slice(start - first, stop - first)
         if part.into.startswith("w2"):
@@ -689,31 +703,27 @@ def _check_cover(name: str, places: list[_Piece], own: _Region) -> None:
 # --- Memory and undoing --------------------------------------------------------------------------
 
 
-def _zeros(shape: tuple[int, ...], dtype: Any) -> Array:
-    n_byte = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    block = np.zeros(n_byte + _PAGE, np.uint8)
-    return np.ndarray(shape, dtype, block.data, -block.ctypes.data % _PAGE)
+def _placed(memory: Memory, array: Array) -> Any:
+    placed = memory.zeros(array.shape, array.dtype)
+    copy(placed, array)
+    return placed
 
 
-def _ones(shape: tuple[int, ...] | None, dtype: str) -> Array | None:
+def _ones(memory: Memory, shape: tuple[int, ...] | None, dtype: str) -> Any:
     """Scales that, should one in a pad ever be applied, change nothing."""
-    if shape is None:
-        return None
-    ones = _zeros(shape, NUMPY_DTYPES[dtype])
-    ones[...] = 1
-    return ones
+    return None if shape is None else _placed(memory, np.ones(shape, NUMPY_DTYPES[dtype]))
 
 
 @contextmanager
-def _undone_on_error() -> Iterator[Callable[[Array], None]]:
+def _undone_on_error() -> Iterator[Callable[[Any], None]]:
     """Gives a function to call with each view before it is written; on an error all come back."""
-    kept: list[tuple[Array, int]] = []
+    kept: list[tuple[Any, int]] = []
     # Unbuffered: a buffer that cannot be flushed would block the way back.
     with tempfile.TemporaryFile(buffering=0) as file:
 
-        def keep(view: Array) -> None:
+        def keep(view: Any) -> None:
             offset = file.tell()
-            data = np.ascontiguousarray(view).reshape(-1).view(np.uint8).data
+            data = np.ascontiguousarray(on_host(view)).reshape(-1).view(np.uint8).data
             while data:
                 data = data[file.write(data) :]
             kept.append((view, offset))
@@ -723,6 +733,6 @@ def _undone_on_error() -> Iterator[Callable[[Array], None]]:
         except BaseException:
             for view, offset in kept:
                 file.seek(offset)
-                old = np.fromfile(file, view.dtype, view.size)
+                old = np.fromfile(file, view.dtype, math.prod(view.shape))
                 copy(view, old.reshape(view.shape))
             raise
