@@ -1,4 +1,4 @@
-"""Loading a layer's experts to a GPU: GB/s beside a plain copy of pinned memory, and every bit right.
+"""Loading a layer's experts to a GPU: GB/s beside a copy of pinned memory, and every bit right.
 
     python bench/load.py [--device cuda:0] [--folder /dev/shm]
 
