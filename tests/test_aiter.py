@@ -373,6 +373,15 @@ def test_shuffled_weights(layer: Layer, attribute_on: str) -> None:
     assert torch.equal(fused_moe(x, s1, s2, weights, ids, **layout), doubled)
 
 
+def test_vllm_42061_a_lost_attribute_is_made_good_by_layout(layer: Layer) -> None:
+    """A parameter wrapped again forgets that it is shuffled; `layout` says so instead."""
+    x, w1, w2, *routing = layer.tensors()
+    shuffled = [aiter.shuffle_weight(w) for w in (w1, w2)]
+    wrapped = [torch.nn.Parameter(w.clone(), requires_grad=False) for w in shuffled]
+    assert not any(getattr(w, "is_shuffled", False) for w in wrapped)
+    layer.check(fused_moe(x, *wrapped, *routing, layout="shuffle_16x16"))
+
+
 def test_interleaved_weights(layer: Layer) -> None:
     x, w1, w2, weights, ids = layer.tensors()
     right = fused_moe(x, w1, w2, weights, ids)

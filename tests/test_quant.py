@@ -438,6 +438,81 @@ def test_vllm_38833_no_size_is_without_a_kernel(form: dict[str, Any], n_inter: i
     check_close(build(case, "bf16").run(moepad.fused_moe), *solve(case, "bf16"))
 
 
+@pytest.mark.parametrize("n_inter", [128, 384, 640, 768])
+@EACH_FORMAT
+def test_aiter_5233_second_product_at_every_width(form: dict[str, Any], n_inter: int) -> None:
+    """Wrong by a factor of ten at 384 and 640."""
+    case = replace(SMALL, n_inter=n_inter, n_token=9, **form)
+    check_close(build(case, "bf16").run(moepad.fused_moe), *solve(case, "bf16"))
+
+
+@pytest.mark.parametrize("n", [32, 288, 544])
+@pytest.mark.parametrize("quant", ["mxfp4", "mxfp8"])
+def test_aiter_2900_scales_where_256_does_not_divide(quant: str, n: int, isas: Isas) -> None:
+    """Scales strided by one width, weights by another: each block has a scale of its own here."""
+    case = replace(SMALL, n_hidden=n, n_inter=n, quant=quant)
+    call = build(case, "bf16")
+    for _ in isas():
+        check_close(call.run(moepad.fused_moe), *solve(case, "bf16"))
+
+
+@pytest.mark.parametrize("n_inter", [192, 384])
+def test_vllm_19234_block_fp8_where_256_does_not_divide(n_inter: int, isas: Isas) -> None:
+    case = replace(SMALL, n_hidden=256, n_inter=n_inter, quant="fp8_block")
+    call = build(case, "bf16")
+    for _ in isas():
+        check_close(call.run(moepad.fused_moe), *solve(case, "bf16"))
+
+
+def test_sglang_14114_glm_air_at_tp2(isas: Isas) -> None:
+    """704 columns per channel: "This GEMM is not supported!"."""
+    case = replace(SMALL, n_inter=704, n_token=33, quant="fp8_channel")
+    call = build(case, "bf16")
+    for _ in isas():
+        check_close(call.run(moepad.fused_moe), *solve(case, "bf16"))
+
+
+@EACH_FORMAT
+def test_sglang_28244_a_refusal_leaves_the_weights_as_they_were(form: dict[str, Any]) -> None:
+    """At 96 columns the weights were shuffled first, and then no kernel was found for them."""
+    call = build(replace(SMALL, **form), "bf16")
+    before, expected = call.w13.tobytes(), call.run(moepad.fused_moe)
+    with pytest.raises(moepad.UnsupportedError, match="layout"):
+        call.run(moepad.fused_moe, layout="shuffle_16x16")
+    assert call.w13.tobytes() == before
+    check_bits(call.run(moepad.fused_moe), expected)
+
+
+@EACH_FORMAT
+def test_sglang_39804_nan_in_padded_tokens(form: dict[str, Any], isas: Isas) -> None:
+    call = build(replace(SMALL, n_token=40, n_inter=64, **form), "bf16")
+    for _ in isas():
+        expected = call.run(moepad.fused_moe)
+        spoiled = Call(call.hidden_states.copy(), *call.args[1:], call.options)
+        poison(spoiled.hidden_states[33:])
+        check_bits(spoiled.run(moepad.fused_moe)[:33], expected[:33])
+
+
+@EACH_FORMAT
+def test_aiter_3677_a_weight_of_zero_is_no_skip(form: dict[str, Any]) -> None:
+    call = build(replace(SMALL, n_inter=64, **form), "bf16")
+    call.topk_weights[3] = 0
+    out = call.run(moepad.fused_moe)
+    assert not out[3].any() and np.isfinite(out.astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("quant", ["fp8_channel", "mxfp4"])
+def test_sglang_23084_shared_expert_of_another_width(quant: str, isas: Isas) -> None:
+    """A shared slot of 64 true columns fused with routed ones of 96: zeros, at their scales."""
+    call = build(replace(SMALL, quant=quant), "bf16")
+    call.topk_ids[:, 1] = 3
+    call.w13[3, 64:96] = call.w13[3, 160:] = 0
+    poison(call.w2[3, :, 64 * call.w2.shape[2] // 96 :], "zero")
+    right = solution(call)
+    for _ in isas():
+        check_close(call.run(moepad.fused_moe), *right)
+
+
 @pytest.mark.parametrize("n_group", [1, 3, 11, 90])
 @pytest.mark.parametrize("quant", ["mxfp4", "mxfp8"])
 def test_vllm_ascend_16100_odd_counts_of_groups(quant: str, n_group: int) -> None:
