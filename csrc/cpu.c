@@ -156,6 +156,7 @@ static mpad_cpu_format format_of(const mpad_moe *moe)
     }
 }
 
+/* h before it is rounded to what `input` says is float32, in the order of k. */
 static mpad_cpu_kernels quantised_kernels(const isa *set, const mpad_moe *moe)
 {
     const mpad_cpu_isa_kernels *of = set->quantised;
@@ -163,6 +164,10 @@ static mpad_cpu_kernels quantised_kernels(const isa *set, const mpad_moe *moe)
                                : moe->dtype == MPAD_DTYPE_BF16 ? of->planes_bf16
                                                                : of->planes_f16;
     kernels.multiply = of->multiply_stored[format_of(moe)];
+    if (moe->input != MPAD_INPUT_NONE) {
+        kernels.take_row = of->planes_f32.take_row;
+        kernels.activate = of->f32.activate;
+    }
     return kernels;
 }
 
@@ -244,6 +249,65 @@ static int64_t rows_bytes(const mpad_cpu_rows *rows)
     return count_blocks(rows->n_k, rows->k_block) * rows->ld_block;
 }
 
+/* ---- quantised activations ---- */
+
+/* The format x and h are rounded to: its largest value, and, but for int8, the exponent of its
+ * smallest normal value; both float8 formats have 3 bits of mantissa. */
+typedef struct input_format {
+    float largest;
+    int smallest_exponent;
+    bool is_integer;
+} input_format;
+
+static input_format input_format_of(const mpad_moe *moe)
+{
+    if (moe->input == MPAD_INPUT_INT8)
+        return (input_format){.largest = 127, .is_integer = true};
+    if (moe->weight_dtype == MPAD_DTYPE_F8_E4M3FNUZ)
+        return (input_format){.largest = 240, .smallest_exponent = -7};
+    return (input_format){.largest = 448, .smallest_exponent = -6};
+}
+
+/* The nearest value of the format, even codes where two are; NaN stays. Adding and subtracting a
+ * number whose last bit weighs as much as the format's last bit at v rounds to it. */
+static float code_nearest(float v, const input_format *format)
+{
+    if (isnan(v))
+        return v;
+    v = v > format->largest ? format->largest : v < -format->largest ? -format->largest : v;
+    int exponent = 3;
+    if (!format->is_integer) {
+        frexpf(v, &exponent);
+        exponent--;
+        if (v == 0 || exponent < format->smallest_exponent)
+            exponent = format->smallest_exponent;
+    }
+    const float unit = ldexpf(1.5f, exponent - 3 + 23);
+    return (v + unit) - unit;
+}
+
+/* Rounds one row, in place, to codes times scales: `fixed`, or one for the columns that share a
+ * scale of the weights they meet. */
+static void quantise_row(const mpad_moe *moe, float *row, int64_t n_k, const mpad_scale *weights,
+                         const float *fixed)
+{
+    const input_format format = input_format_of(moe);
+    const bool is_grouped = weights->ld_column != 0 && !fixed;
+    for (int64_t k = 0, end; k < n_k; k = end) {
+        const int64_t block = weights->block_column, phase = weights->column_phase;
+        end = is_grouped ? min64(((phase + k) / block + 1) * block - phase, n_k) : n_k;
+        float largest = 0;
+        for (int64_t i = k; i < end; i++) {
+            const float size = fabsf(row[i]);
+            largest = size > largest || isnan(size) ? size : largest;
+        }
+        float scale = fixed ? *fixed : largest / format.largest;
+        scale = scale == 0 && !fixed ? 1 : scale;
+        for (int64_t i = k; i < end; i++)
+            row[i] = code_nearest(row[i] / scale, &format) * scale;
+    }
+}
+
 /* ---- one call ---- */
 
 /* The units of a stage: each has columns of one group, an active expert or a block of tokens. */
@@ -273,9 +337,10 @@ typedef struct call {
     float *pair_weight;  /* [n_pair] */
     int32_t *local;      /* [n_token, n_topk]: expert of a slot, or -1 */
     mpad_cpu_rows x, h;  /* rows of tokens; of pairs */
+    mpad_cpu_rows exact; /* h before it is quantised, each row in one piece; where that is asked */
     char *scratch;       /* [n_slot] */
 
-    atomic_llong next_row;
+    atomic_llong next_row, next_pair;
 } call;
 
 static int64_t count_steps(const stage *s)
@@ -325,6 +390,16 @@ static int64_t lay_out(call *c, const mpad_moe *moe, int64_t x_bytes, char *base
         up_to((h_floats > out_floats ? h_floats : out_floats) * (int64_t)sizeof(float), CACHE_LINE);
     c->x = rows_of(moe, moe->n_token, moe->n_hidden, x_bytes);
     c->h = rows_of(moe, n_slot, moe->n_inter, x_bytes);
+    if (moe->input != MPAD_INPUT_NONE) {
+        const int64_t k_block = up_to(moe->n_inter, MPAD_CPU_K_STEP), ld_row = k_block * 4;
+        c->exact = (mpad_cpu_rows){.n_k = moe->n_inter,
+                                   .k_block = k_block,
+                                   .ld_row = ld_row,
+                                   .ld_block = n_slot * ld_row,
+                                   .n_plane = 1};
+        const int64_t row_bytes = up_to(moe->n_hidden * (int64_t)sizeof(float), CACHE_LINE);
+        c->scratch_bytes = c->scratch_bytes > row_bytes ? c->scratch_bytes : row_bytes;
+    }
 
     int64_t at = 0;
 #define PLACE(pointer, n_bytes)                                                                    \
@@ -340,6 +415,8 @@ static int64_t lay_out(call *c, const mpad_moe *moe, int64_t x_bytes, char *base
     PLACE(c->local, n_slot * 4);
     PLACE(c->x.data, rows_bytes(&c->x));
     PLACE(c->h.data, rows_bytes(&c->h));
+    if (moe->input != MPAD_INPUT_NONE)
+        PLACE(c->exact.data, c->exact.ld_block);
     PLACE(c->scratch, c->n_slot * c->scratch_bytes);
 #undef PLACE
     return at;
@@ -457,7 +534,7 @@ static void run_h_unit(call *c, const unit *u, const unit *next, float *scratch)
                                             bias_at + moe->w13_bias_up_offset, moe->w13_bias_ld_row,
                                             n_column, up_bias),
         .n_column = n_column,
-        .h = &c->h,
+        .h = moe->input == MPAD_INPUT_NONE ? &c->h : &c->exact,
         .first = n,
     };
     for (int64_t pair = c->first[e]; pair < c->first[e + 1]; pair += H_TOKENS) {
@@ -564,15 +641,39 @@ static void run_out_unit(call *c, const unit *u, const unit *next, float *scratc
                              sum + i * ld_sum, u->n_column, moe->routed_scaling);
 }
 
-static void take_rows(call *c)
+static void take_quantised_row(const call *c, int64_t token, float *row)
+{
+    const mpad_moe *moe = c->moe;
+    for (int64_t k = 0; k < moe->n_hidden; k++)
+        row[k] = float_at(moe->hidden, moe->dtype, token * moe->ld_hidden + k);
+    quantise_row(moe, row, moe->n_hidden, &moe->w13_scale, moe->x_scale);
+    c->kernels->take_row(&c->x, token, row);
+}
+
+static void quantise_pairs(call *c)
+{
+    const mpad_moe *moe = c->moe;
+    for (int64_t pair; (pair = atomic_fetch_add(&c->next_pair, 1)) < c->n_pair;) {
+        float *row = (float *)(c->exact.data + pair * c->exact.ld_row);
+        quantise_row(moe, row, moe->n_inter, &moe->w2_scale, moe->h_scale);
+        c->kernels->take_row(&c->h, pair, row);
+    }
+}
+
+/* `scratch` holds a row where activations are quantised, which is arithmetic and so done in
+ * run_body's environment only. */
+static void take_rows(call *c, float *scratch)
 {
     const mpad_moe *moe = c->moe;
     const int64_t n_together = 4;
     for (int64_t row; (row = atomic_fetch_add(&c->next_row, n_together)) < moe->n_token;)
         for (int64_t i = row; i < min64(row + n_together, moe->n_token); i++)
-            c->kernels->take_row(&c->x, i,
-                                 (const char *)moe->hidden +
-                                     i * moe->ld_hidden * element_bytes(moe->dtype));
+            if (moe->input != MPAD_INPUT_NONE)
+                take_quantised_row(c, i, scratch);
+            else
+                c->kernels->take_row(&c->x, i,
+                                     (const char *)moe->hidden +
+                                         i * moe->ld_hidden * element_bytes(moe->dtype));
 }
 
 /* What of out no unit writes: the columns and rows that pad it. */
@@ -595,13 +696,17 @@ static void run_body(void *context, int thread, int n_thread)
     fegetenv(&callers);
     fesetenv(FE_DFL_ENV); /* no flush to zero, which other libraries set for a whole process */
     if (!c->is_x_taken) {
-        take_rows(c);
+        take_rows(c, scratch);
         mpad_pool_barrier(context, thread);
     }
     unit u = take_unit(&c->h_stage, n_thread), next;
     for (; u.n_column; u = next) {
         next = take_unit(&c->h_stage, n_thread); /* whose weights this one's end fetches */
         run_h_unit(c, &u, &next, scratch);
+    }
+    if (c->moe->input != MPAD_INPUT_NONE) {
+        mpad_pool_barrier(context, thread);
+        quantise_pairs(c);
     }
     u = take_unit(&c->out_stage, n_thread);
     mpad_pool_barrier(context, thread);
@@ -684,9 +789,10 @@ mpad_code mpad_cpu_run(const mpad_moe *moe, void *workspace, mpad_status *status
         sort_pairs(&c);
         c.h_stage.n_group = c.n_active;
         const int n_thread = count_threads(&c);
-        c.is_x_taken = n_thread == 1 || moe->n_token * moe->n_hidden <= TAKE_TOGETHER;
+        c.is_x_taken = moe->input == MPAD_INPUT_NONE &&
+                       (n_thread == 1 || moe->n_token * moe->n_hidden <= TAKE_TOGETHER);
         if (c.is_x_taken)
-            take_rows(&c);
+            take_rows(&c, NULL);
         if (c.n_slot)
             mpad_pool_run(n_thread, run_body, &c);
         clear_pads(&c);

@@ -75,8 +75,9 @@ static const char plan_doc[] =
 #define FUSED_MOE_PARAMETERS                                                                       \
     "hidden_states, w13, w2, topk_weights, topk_ids, *, n_inter=None, n_hidden=None, "             \
     "activation='silu', gate_up='concat', quant='none', w13_scale=None, w2_scale=None, "           \
-    "block=(128, 128), scale_phase=0, w13_bias=None, w2_bias=None, swiglu_alpha=1.702, "           \
-    "swiglu_limit=None, expert_map=None, n_token=None, apply_router_weight_on_input=False, "       \
+    "block=(128, 128), scale_phase=0, quant_activations='none', x_scale=None, h_scale=None, "      \
+    "w13_bias=None, w2_bias=None, swiglu_alpha=1.702, swiglu_limit=None, expert_map=None, "        \
+    "n_token=None, apply_router_weight_on_input=False, "                                           \
     "routed_scaling_factor=1.0, layout='plain', out=None, workspace=None, stream=None"
 
 static const char fused_moe_doc[] =
@@ -137,7 +138,8 @@ static const char fused_moe_doc[] =
     "    * 'int4_group': uint8 with two values + 8 as in 'mxfp4'; scales float32, bfloat16 or\n"
     "      float16 (E, R, up(H/g)) and (E, H, up(Ip/g)).\n"
     "\n"
-    "    On a GPU: 'none'.\n"
+    "    On a GPU blocks of 'fp8_block' are powers of two, and gfx90a takes e5m2 weights with\n"
+    "    bfloat16 only.\n"
     "w13_scale, w2_scale : tensor\n"
     "    See `quant`. Padded like the weights, and no more read than they are in the pad.\n"
     "block : (int, int)\n"
@@ -146,6 +148,15 @@ static const char fused_moe_doc[] =
     "    'fp8_block': how far inside its scale block the first column lies (`Plan.scale_phase`), "
     "a\n"
     "    multiple of 32; rows of each half of w13 and columns of w2 are counted from there.\n"
+    "quant_activations : str\n"
+    "    What x and h = act(W13 x) are rounded to before they are multiplied. 'none': h to the\n"
+    "    dtype of `hidden_states`. 'fp8', with 'fp8_tensor', 'fp8_channel' and 'fp8_block': "
+    "float8\n"
+    "    e4m3, fnuz where the weights are. 'int8', with 'int8_channel'. A row has one scale, with\n"
+    "    'fp8_block' one for each bk columns. On a GPU: 'none'.\n"
+    "x_scale, h_scale : tensor, (1,), optional\n"
+    "    float32: fixed scales of x and of h, as checkpoints have them, in place of those made of\n"
+    "    each row's values.\n"
     "w13_bias : tensor, (E, rows of w13), optional\n"
     "    float32, bfloat16 or float16, laid out like the rows of w13.\n"
     "w2_bias : tensor, (E, H), optional\n"

@@ -264,6 +264,9 @@ static mpad_code check_quant(const mpad_gpu_target *target, const mpad_moe *moe,
 {
     if (moe->quant == MPAD_QUANT_NONE)
         return MPAD_OK;
+    MPAD_REQUIRE(moe->input == MPAD_INPUT_NONE, status, MPAD_UNSUPPORTED,
+                 "quant_activations: on a GPU \"none\", no kernel quantises activations; leave it "
+                 "out, or run on the CPU");
     bool is_flushed = strcmp(target->name, "gfx90a") == 0 &&
                       moe->weight_dtype == MPAD_DTYPE_F8_E5M2 && moe->dtype == MPAD_DTYPE_F16;
     MPAD_REQUIRE(!is_flushed, status, MPAD_UNSUPPORTED,

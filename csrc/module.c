@@ -42,6 +42,11 @@ static const char *const SPLITS[] = {
     MPAD_SPLIT_LIST(X)
 #undef X
 };
+static const char *const INPUTS[] = {
+#define X(NAME, text) text,
+    MPAD_INPUT_LIST(X)
+#undef X
+};
 static const char *const GATE_UPS[] = {"concat", "interleaved"};
 enum { GATE_UP_INTERLEAVED = 1 };
 
@@ -65,6 +70,9 @@ enum { GATE_UP_INTERLEAVED = 1 };
     X(W2_SCALE, w2_scale)                                                                          \
     X(BLOCK, block)                                                                                \
     X(SCALE_PHASE, scale_phase)                                                                    \
+    X(QUANT_ACTIVATIONS, quant_activations)                                                        \
+    X(X_SCALE, x_scale)                                                                            \
+    X(H_SCALE, h_scale)                                                                            \
     X(W13_BIAS, w13_bias)                                                                          \
     X(W2_BIAS, w2_bias)                                                                            \
     X(SWIGLU_ALPHA, swiglu_alpha)                                                                  \
@@ -331,6 +339,8 @@ static const mpad_tensor TENSOR_OF[] = {
     [P_TOPK_IDS] = MPAD_TENSOR_TOPK_IDS,
     [P_W13_SCALE] = MPAD_TENSOR_W13_SCALE,
     [P_W2_SCALE] = MPAD_TENSOR_W2_SCALE,
+    [P_X_SCALE] = MPAD_TENSOR_X_SCALE,
+    [P_H_SCALE] = MPAD_TENSOR_H_SCALE,
     [P_W13_BIAS] = MPAD_TENSOR_W13_BIAS,
     [P_W2_BIAS] = MPAD_TENSOR_W2_BIAS,
     [P_EXPERT_MAP] = MPAD_TENSOR_EXPERT_MAP,
@@ -400,9 +410,15 @@ static mpad_code take_quant(module_state *state, PyObject *const *values, call *
     args->scale_phase = 0;
     if (values[P_SCALE_PHASE])
         MPAD_TRY(take_integer("scale_phase", values[P_SCALE_PHASE], 0, &args->scale_phase, status));
-    for (int p = P_W13_SCALE; p <= P_W2_SCALE; p++)
-        if (is_given(values[p]))
-            MPAD_TRY(take_tensor(state, p, values[p], c, status));
+    int input = MPAD_INPUT_NONE;
+    if (values[P_QUANT_ACTIVATIONS])
+        MPAD_TRY(take_choice("quant_activations", values[P_QUANT_ACTIVATIONS], INPUTS,
+                             COUNT(INPUTS), &input, status));
+    args->input = (mpad_input)input;
+    static const int scales[] = {P_W13_SCALE, P_W2_SCALE, P_X_SCALE, P_H_SCALE};
+    for (int i = 0; i < COUNT(scales); i++)
+        if (is_given(values[scales[i]]))
+            MPAD_TRY(take_tensor(state, scales[i], values[scales[i]], c, status));
     return MPAD_OK;
 }
 

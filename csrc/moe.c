@@ -28,6 +28,12 @@ static const struct {
 #undef X
 };
 
+static const char *const INPUTS[] = {
+#define X(NAME, text) [MPAD_INPUT_##NAME] = text,
+    MPAD_INPUT_LIST(X)
+#undef X
+};
+
 const char *mpad_tensor_name(mpad_tensor tensor)
 {
     return TENSOR_NAMES[tensor];
@@ -148,6 +154,46 @@ static mpad_code check_scale_dtype(const mpad_moe_args *args, mpad_tensor tensor
     return MPAD_OK;
 }
 
+/* A fixed scale of x or h. */
+static mpad_code check_input_scale(const mpad_moe_args *args, mpad_tensor tensor,
+                                   mpad_status *status)
+{
+    if (!args->have[tensor])
+        return MPAD_OK;
+    const mpad_view *view = &args->view[tensor];
+    const char *name = TENSOR_NAMES[tensor];
+    MPAD_REQUIRE(args->input != MPAD_INPUT_NONE, status, MPAD_VALUE,
+                 "%s: expected None for quant_activations=\"none\"; name what it scales", name);
+    MPAD_REQUIRE(view->dtype == MPAD_DTYPE_F32, status, MPAD_TYPE,
+                 "%s: expected dtype f32, got %s; convert it with .astype or .to", name,
+                 mpad_view_dtype_name(view));
+    char got[MPAD_VIEW_SHAPE_TEXT];
+    MPAD_REQUIRE(view->n_dim == 1 && view->size[0] == 1, status, MPAD_VALUE,
+                 "%s: expected shape (1,), one scale for all rows, got %s; pass the largest, or "
+                 "None for a scale per row",
+                 name, mpad_view_shape(view, got));
+    return MPAD_OK;
+}
+
+static mpad_code check_input(const mpad_moe_args *args, mpad_status *status)
+{
+    const mpad_kind *kind = mpad_kind_of(args->quant);
+    const bool is_int8 = args->quant == MPAD_QUANT_INT8_CHANNEL;
+    const bool is_fp8 = args->quant == MPAD_QUANT_FP8_TENSOR ||
+                        args->quant == MPAD_QUANT_FP8_CHANNEL ||
+                        args->quant == MPAD_QUANT_FP8_BLOCK;
+    const bool is_known = args->input == MPAD_INPUT_NONE ||
+                          (args->input == MPAD_INPUT_FP8 && is_fp8) ||
+                          (args->input == MPAD_INPUT_INT8 && is_int8);
+    MPAD_REQUIRE(is_known, status, MPAD_UNSUPPORTED,
+                 "quant_activations: no kernel for \"%s\" with quant=\"%s\"; considered: \"fp8\" "
+                 "with fp8_tensor, fp8_channel or fp8_block, \"int8\" with int8_channel; leave it "
+                 "out for activations as they are",
+                 INPUTS[args->input], kind->name);
+    MPAD_TRY(check_input_scale(args, MPAD_TENSOR_X_SCALE, status));
+    return check_input_scale(args, MPAD_TENSOR_H_SCALE, status);
+}
+
 static mpad_code check_dtypes(const mpad_moe_args *args, mpad_status *status)
 {
     MPAD_TRY(check_float(args, MPAD_TENSOR_HIDDEN_STATES, status));
@@ -155,6 +201,7 @@ static mpad_code check_dtypes(const mpad_moe_args *args, mpad_status *status)
     MPAD_TRY(check_weight_dtype(args, MPAD_TENSOR_W2, status));
     MPAD_TRY(check_scale_dtype(args, MPAD_TENSOR_W13_SCALE, status));
     MPAD_TRY(check_scale_dtype(args, MPAD_TENSOR_W2_SCALE, status));
+    MPAD_TRY(check_input(args, status));
     MPAD_TRY(check_float(args, MPAD_TENSOR_TOPK_WEIGHTS, status));
     MPAD_TRY(check_index(args, MPAD_TENSOR_TOPK_IDS, status));
     MPAD_TRY(check_float(args, MPAD_TENSOR_W13_BIAS, status));
@@ -625,6 +672,11 @@ static void fill_scales(const mpad_moe_args *args, const scale_block *block, mpa
 {
     if (args->quant == MPAD_QUANT_NONE)
         return;
+    moe->input = args->input;
+    if (args->have[MPAD_TENSOR_X_SCALE])
+        moe->x_scale = (const float *)args->view[MPAD_TENSOR_X_SCALE].data;
+    if (args->have[MPAD_TENSOR_H_SCALE])
+        moe->h_scale = (const float *)args->view[MPAD_TENSOR_H_SCALE].data;
     bool is_interleaved = moe->is_gated && args->is_interleaved;
     moe->w13_scale = scale_of(args, block, MPAD_TENSOR_W13_SCALE, is_interleaved,
                               is_interleaved ? 1 : n_inter_pad);

@@ -17,6 +17,8 @@
     X(TOPK_IDS, "topk_ids")                                                                        \
     X(W13_SCALE, "w13_scale")                                                                      \
     X(W2_SCALE, "w2_scale")                                                                        \
+    X(X_SCALE, "x_scale")                                                                          \
+    X(H_SCALE, "h_scale")                                                                          \
     X(W13_BIAS, "w13_bias")                                                                        \
     X(W2_BIAS, "w2_bias")                                                                          \
     X(EXPERT_MAP, "expert_map")                                                                    \
@@ -42,6 +44,7 @@ typedef struct mpad_moe_args {
     bool have_block;          /* else the block is the kind's own, or (128, 128) */
     int64_t block_n, block_k; /* with have_block */
     int64_t scale_phase;
+    mpad_input input;
     bool is_interleaved; /* rows of w13: gate 0, up 0, gate 1, ... */
     bool is_weight_on_input;
     float routed_scaling;

@@ -49,6 +49,20 @@ typedef enum mpad_quant {
         MPAD_QUANT_COUNT
 } mpad_quant;
 
+/* X(NAME, "name"): what x and h are rounded to before they are multiplied. FP8 is e4m3fnuz where
+ * the weights are, else e4m3fn. */
+#define MPAD_INPUT_LIST(X)                                                                         \
+    X(NONE, "none")                                                                                \
+    X(FP8, "fp8")                                                                                  \
+    X(INT8, "int8")
+
+typedef enum mpad_input {
+#define X(NAME, text) MPAD_INPUT_##NAME,
+    MPAD_INPUT_LIST(X)
+#undef X
+        MPAD_INPUT_COUNT
+} mpad_input;
+
 /* X(NAME, "name", may be gated, may be ungated) */
 #define MPAD_ACT_LIST(X)                                                                           \
     X(SILU, "silu", true, true)                                                                    \
@@ -138,6 +152,9 @@ typedef struct mpad_moe {
     const void *w2; /* [n_expert, n_hidden, n_inter] */
     int64_t w2_ld_expert, w2_ld_row;
     mpad_scale w13_scale, w2_scale;
+    mpad_input input;
+    const float *x_scale, *h_scale; /* fixed scales of x and h; NULL: from the values of each row,
+                                       or, with scales in blocks, of its columns that share one */
 
     const void *w13_bias; /* [n_expert, rows] or NULL */
     mpad_dtype w13_bias_dtype;

@@ -455,6 +455,22 @@ def test_fp8(layer: Layer, quant_type: Any, quant: str, dtype: str, is_shuffled:
         layer.check(out, (w1, w2), **options)
 
 
+@pytest.mark.parametrize("given", [("a1_scale",), ("a2_scale",), ("a1_scale", "a2_scale")])
+@pytest.mark.parametrize("quant", ["fp8_tensor", "fp8_channel", "int8_channel"])
+def test_static_scales_of_activations(layer: Layer, quant: str, given: tuple[str, ...]) -> None:
+    (w1, w2, s1, s2), options = quantised(layer, quant, n_half=1 if quant == "fp8_tensor" else 2)
+    x, _, _, weights, ids = layer.tensors()
+    kind = QuantType.per_Tensor if quant == "fp8_tensor" else QuantType.per_Token
+    scales = {"w1_scale": to_torch(s1), "w2_scale": to_torch(s2)}
+    static = {"a1_scale": 0.02, "a2_scale": 0.125}
+    scales |= {name: torch.tensor(static[name]) for name in given}
+    out = fused_moe(x, to_torch(w1), to_torch(w2), weights, ids, quant_type=kind, **scales)
+    names = {"a1_scale": "x_scale", "a2_scale": "h_scale"}
+    options |= {names[name]: np.array([static[name]], np.float32) for name in given}
+    options["quant_activations"] = "int8" if quant == "int8_channel" else "fp8"
+    layer.check(out, (w1, w2), **options)
+
+
 def test_int8(layer: Layer) -> None:
     (w1, w2, s1, s2), options = quantised(layer, "int8_channel")
     x, _, _, weights, ids = layer.tensors()

@@ -633,6 +633,33 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r'gate_up: expected "concat" for quant="fp8_block", whose blocks span rows, got '
         r'"interleaved"; deinterleave the rows of w13',
     ),
+    "quantised activations of plain weights": (
+        {"quant_activations": "fp8"},
+        moepad.UnsupportedError,
+        r'quant_activations: no kernel for "fp8" with quant="none"; considered: "fp8" with '
+        r'fp8_tensor, fp8_channel or fp8_block, "int8" with int8_channel; .*',
+    ),
+    "fp8 activations of int8": (
+        quantised("int8_channel", quant_activations="fp8"),
+        moepad.UnsupportedError,
+        r'quant_activations: no kernel for "fp8" with quant="int8_channel"; .*',
+    ),
+    "scale of activations that have none": (
+        quantised("fp8_channel", x_scale=f32(1)),
+        ValueError,
+        r'x_scale: expected None for quant_activations="none"; name what it scales',
+    ),
+    "scale of activations of another type": (
+        quantised("fp8_channel", quant_activations="fp8", h_scale=np.ones(1, np.int32)),
+        TypeError,
+        r"h_scale: expected dtype f32, got i32; .*",
+    ),
+    "scale of activations per expert": (
+        quantised("fp8_channel", quant_activations="fp8", h_scale=f32(E)),
+        ValueError,
+        r"h_scale: expected shape \(1,\), one scale for all rows, got \(4,\); pass the largest, "
+        r"or None for a scale per row",
+    ),
     "packed rows too short": (
         quantised("mxfp4", w13=np.zeros((E, 2 * N, H // 2 - 1), np.uint8)),
         ValueError,

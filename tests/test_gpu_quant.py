@@ -218,6 +218,12 @@ def test_refused(kind: Kind, change: dict[str, Any], pattern: str, device: int) 
         run(call, device)
 
 
+def test_quantised_activations_are_refused(device: int) -> None:
+    call = build(KINDS[0], "bf16", (5, 3, 136, 72)) | {"quant_activations": "fp8"}
+    with pytest.raises(moepad.UnsupportedError, match=r'quant_activations: on a GPU "none", .*'):
+        run(call, device)
+
+
 def test_float16_with_e5m2_on_mi200(device: int) -> None:
     """Its matrix instructions would take e5m2's subnormals for zeros."""
     call = build(KINDS[2], "f16", SIZES[0])

@@ -550,3 +550,153 @@ def test_unused_experts_are_not_read(isas: Isas) -> None:
             poison(call.options[name][:1])
         for _ in isas():
             check_close(call.run(moepad.fused_moe), *solve(case, "f32"))
+
+
+# ---- quantised activations ----
+
+QUANTISED_INPUTS: list[dict[str, Any]] = [
+    {**form, "input": "int8" if form["quant"] == "int8_channel" else "fp8"}
+    for form in FORMATS
+    if form["quant"] in ("fp8_tensor", "fp8_channel", "fp8_block", "int8_channel")
+]
+EACH_INPUT = pytest.mark.parametrize(
+    "form", QUANTISED_INPUTS, ids=lambda form: "-".join(str(part) for part in form.values())
+)
+
+
+def input_call(form: dict[str, Any], dtype: str = "bf16", **sizes: Any) -> Call:
+    of = {key: value for key, value in form.items() if key != "input"}
+    sizes = {"n_token": 9, "n_hidden": 288, "n_inter": 352, "n_expert": 3, **sizes}
+    call = build(Case("inputs", "", **sizes, **of), dtype)
+    call.options["quant_activations"] = form["input"]
+    return call
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize(
+    "layer",
+    [{}, {"activation": "relu2", "is_gated": False}, {"bias": "both"}, {"weight_on_input": True}],
+    ids=["silu", "relu2", "bias", "weight_on_input"],
+)
+@EACH_INPUT
+def test_quantised_activations(
+    form: dict[str, Any], layer: dict[str, Any], fixed: bool, isas: Isas
+) -> None:
+    call = input_call(form, **layer)
+    if fixed:
+        call.options["x_scale"] = np.array([0.01], np.float32)
+        call.options["h_scale"] = np.array([0.003], np.float32)
+    right = solution(call)
+    exact = Call(*call.args, {**call.options, "quant_activations": "none"})
+    for name in ("x_scale", "h_scale"):
+        exact.options.pop(name, None)
+    padded = pad(call, 384, n_hidden_pad=320)
+    for _ in isas():
+        out = call.run(moepad.fused_moe)
+        check_close(out, *right)
+        assert (out != exact.run(moepad.fused_moe)).any()
+        check_bits(np.ascontiguousarray(padded.run(moepad.fused_moe)[:, :288]), out)
+
+
+@EACH_INPUT
+@pytest.mark.parametrize("n_token", [1, 40])
+def test_quantised_float16_activations(form: dict[str, Any], n_token: int, isas: Isas) -> None:
+    call = input_call(form, "f16", n_token=n_token)
+    right = solution(call)
+    for _ in isas():
+        check_close(call.run(moepad.fused_moe), *right)
+
+
+@EACH_INPUT
+@pytest.mark.parametrize("n_token", [1, 40])
+def test_quantised_float32_activations(form: dict[str, Any], n_token: int, isas: Isas) -> None:
+    """Through an identity and at fixed powers of two h is exact, and so is the code it becomes."""
+    call = input_call(form, "f32", n_token=n_token, n_inter=288, activation="relu2", is_gated=False)
+    call.w13[...] = np.eye(288).astype(call.w13.dtype)
+    call.options["w13_scale"][...] = 1
+    call.options["x_scale"] = np.array([2.0**-6], np.float32)
+    call.options["h_scale"] = np.array([2.0**-5], np.float32)
+    right = solution(call)
+    for _ in isas():
+        check_close(call.run(moepad.fused_moe), *right)
+
+
+def test_every_input_code(isas: Isas) -> None:
+    """Every code, every border between two and its neighbours, subnormal and too large values.
+
+    Both products are with an identity, so out is the code of the square of x's code.
+    """
+    for weight, fixed in (("f8_e4m3fn", 1.0), ("f8_e4m3fnuz", 1.0), ("f8_e4m3fn", 0.375)):
+        form = {"quant": "fp8_channel", "weight": weight, "input": "fp8"}
+        dtype = DTYPES_OF_WEIGHTS[weight]
+        codes = np.sort(np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32))
+        codes = np.unique(codes[np.isfinite(codes)])
+        middle = (codes[1:] + codes[:-1]) / 2
+        near = [np.nextafter(middle, np.float32(side)) for side in (-np.inf, np.inf)]
+        values = np.concatenate([codes, middle, *near, [500, -500]]).astype(np.float32) * fixed
+        n = 256
+        x = np.zeros((-(-len(values) // n), n), np.float32)
+        x.reshape(-1)[: len(values)] = values
+        call = input_call(form, "f32", n_token=len(x), n_hidden=n, n_inter=n, n_expert=1, n_topk=1,
+                          activation="relu2", is_gated=False)  # fmt: skip
+        call.hidden_states, call.topk_weights[...] = x, 1
+        call.w13[...] = call.w2[...] = np.eye(n).astype(dtype)
+        for name in ("w13_scale", "w2_scale"):
+            call.options[name][...] = 1
+        call.options["x_scale"] = call.options["h_scale"] = np.array([fixed], np.float32)
+        expected = call.run(reference.fused_moe).astype(np.float32)
+        coded = (np.clip(x / np.float32(fixed), codes[0], codes[-1])).astype(dtype)
+        h = np.maximum(coded.astype(np.float32) * np.float32(fixed), 0) ** 2
+        again = np.clip(h / np.float32(fixed), codes[0], codes[-1]).astype(dtype)
+        check_bits(again.astype(np.float32) * np.float32(fixed), expected)
+        for _ in isas():
+            check_bits(call.run(moepad.fused_moe), expected)
+
+
+def test_groups_of_inputs_follow_the_scales_of_the_weights(isas: Isas) -> None:
+    """Of two ranks, cut inside a block, each quantises its part of the block's columns alone."""
+    form = {"quant": "fp8_block", "phase": 64, "input": "fp8"}
+    call = input_call(form)
+    shifted = Call(*call.args, {**call.options, "scale_phase": 0})
+    assert (call.run(reference.fused_moe) != shifted.run(reference.fused_moe)).any()
+    right = solution(call)
+    for _ in isas():
+        check_close(call.run(moepad.fused_moe), *right)
+
+
+@EACH_INPUT
+def test_quantised_activations_bit_for_bit(
+    form: dict[str, Any], n_thread: Callable[[int], None], isas: Isas
+) -> None:
+    """Over threads, scratch that holds NaN, the caller's flushing, and rows that do not count."""
+    torch = require("torch")
+    call = input_call(form, n_token=40)
+    call.hidden_states[7] = 0
+    call.hidden_states[8] = 1e-39
+    for _ in isas():
+        guard = Guarded((call.run(moepad.workspace_nbytes),), np.uint8)
+        expected = call.run(moepad.fused_moe, workspace=guard.array)
+        guard.check()
+        assert np.isfinite(expected.astype(np.float32)).all() and not expected[7].any()
+        for n in (1, 2, 7):
+            n_thread(n)
+            assert torch.set_flush_denormal(True)
+            try:
+                check_bits(call.run(moepad.fused_moe), expected)
+            finally:
+                torch.set_flush_denormal(False)
+        spoiled = Call(call.hidden_states.copy(), *call.args[1:], call.options)
+        poison(spoiled.hidden_states[33:])
+        check_bits(spoiled.run(moepad.fused_moe)[:33], expected[:33])
+        assert np.isnan(spoiled.run(moepad.fused_moe)[33:].astype(np.float32)).all()
+
+
+@EACH_INPUT
+def test_aiter_4195_rows_of_zeros_quantise_to_zeros(form: dict[str, Any], isas: Isas) -> None:
+    """A rank without columns, or with zeros alone: an amax of 0 gives no NaN."""
+    for sizes in ({"n_inter": 0}, {"n_inter": 64}):
+        call = input_call(form, **sizes)
+        call.w2.view(np.uint8)[...] = 0
+        call.w13.view(np.uint8)[...] = 0
+        for _ in isas():
+            assert not call.run(moepad.fused_moe).any()

@@ -134,8 +134,9 @@ def fused_moe(
 ) -> Tensor:
     """The layer as `aiter.fused_moe.fused_moe` computes it, at the cost of its true size.
 
-    Activations are not quantised, so a result is closer to the exact one than AITER's where that
-    quantises them. M = 0 and ids of -1 are allowed.
+    Activations are quantised where a static scale of them is given, and only there, so a result is
+    closer to the exact one than AITER's where that quantises them by itself. M = 0 and ids of -1
+    are allowed.
 
     Parameters
     ----------
@@ -153,7 +154,10 @@ def fused_moe(
         Multiply the routed weight in before the activation. Not with `bias1`.
     w1_scale, w2_scale : tensor, optional
         As AITER takes them, e8m0 scales swizzled.
-    a1_scale, a2_scale, beta, linear_beta, shared_*, stage2_scatter
+    a1_scale, a2_scale : tensor of one float32, optional
+        Static scales of `hidden_states` and of the intermediate, with fp8 and int8 weights of
+        per_Tensor and per_Token; the one left out is made of each row. Not on a GPU.
+    beta, linear_beta, shared_*, stage2_scatter
         Refused unless they have their defaults.
     block_size_M, moe_sorting_dispatch_policy, splitk
         How AITER divides its work; there is nothing they could change here.
@@ -188,8 +192,6 @@ def fused_moe(
         As for `moepad.fused_moe`.
     """
     refused = {
-        "a1_scale": a1_scale,
-        "a2_scale": a2_scale,
         "beta": beta,
         "linear_beta": linear_beta,
         "shared_w1": shared_w1,
@@ -235,6 +237,7 @@ def fused_moe(
         w13_scale=weights.w1_scale,
         w2_scale=weights.w2_scale,
         block=weights.block,
+        **_inputs(weights.quant, a1_scale, a2_scale),
         w13_bias=bias1,
         w2_bias=bias2,
         swiglu_limit=limit,
@@ -248,8 +251,6 @@ def fused_moe(
 
 _NO_SHARED = "no kernel for shared experts; run them apart from the routed ones"
 _WHY = {
-    "a1_scale": "no kernel quantises activations, they are used as they are; pass None",
-    "a2_scale": "no kernel quantises activations, they are used as they are; pass None",
     "beta": "no kernel for Situv2, which alone has it; pass None",
     "linear_beta": "no kernel for Situv2, which alone has it; pass None",
     "shared_w1": _NO_SHARED,
@@ -288,6 +289,26 @@ def _activation(value: Any) -> str:
             + ", ".join(member.name for member in _ACTIVATIONS)
         )
     return _ACTIVATIONS[activation]
+
+
+def _inputs(quant: str, a1_scale: Tensor | None, a2_scale: Tensor | None) -> dict[str, Any]:
+    """The options that static scales of activations stand for."""
+    given = {"a1_scale": a1_scale, "a2_scale": a2_scale}
+    is_known = quant in ("fp8_tensor", "fp8_channel", "int8_channel")
+    for name, scale in given.items():
+        if scale is not None and not (is_known and scale.numel() == 1):
+            raise UnsupportedError(
+                f"{name}: no kernel for scales of activations but one for all rows, with fp8 or "
+                f"int8 weights of per_Tensor or per_Token, got {_shown(scale)}; pass None to use "
+                "activations as they are"
+            )
+    if a1_scale is None and a2_scale is None:
+        return {}
+    return {
+        "quant_activations": "int8" if quant == "int8_channel" else "fp8",
+        "x_scale": None if a1_scale is None else a1_scale.reshape(1),
+        "h_scale": None if a2_scale is None else a2_scale.reshape(1),
+    }
 
 
 def _without_pad(argument: str, pad: int, size: int) -> int:

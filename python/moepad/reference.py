@@ -164,6 +164,62 @@ FLOAT_FORMATS = {
 _FP8 = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2")
 
 
+class _Input(NamedTuple):
+    """What x and h are rounded to before a product, and which of a row's columns share a scale."""
+
+    code: FloatFormat | None  # None: int8
+    group: int  # columns; 0: the whole row
+    phase: int = 0  # how far inside its group column 0 lies
+
+    def rounded(self, x: Array, scale: Array | None) -> NDArray[np.float64]:
+        """`x` as code times scale. All but that last product is float32 arithmetic.
+
+        A scale is the largest magnitude over the format's largest, or 1 where that is 0.
+        """
+        x = x.astype(np.float32)
+        if scale is not None:
+            return self._coded(x, np.asarray(scale, np.float32).reshape(()))
+        group = (self.phase + np.arange(x.shape[1])) // (self.group or max(x.shape[1], 1))
+        result = np.zeros(x.shape)
+        for g in np.unique(group):
+            columns = x[:, group == g]
+            dynamic = np.abs(columns).max(axis=1, keepdims=True) / np.float32(self._largest())
+            result[:, group == g] = self._coded(columns, np.where(dynamic == 0, 1, dynamic))
+        return result
+
+    def _largest(self) -> float:
+        if self.code is None:
+            return 127
+        value = self.code.values()
+        return float(value[np.isfinite(value)].max())
+
+    def _coded(self, x: Array, scale: Array) -> NDArray[np.float64]:
+        ratio = np.clip(x / scale.astype(np.float32), -self._largest(), self._largest())
+        unit = np.ones(ratio.shape)
+        if self.code is not None:
+            exponent = np.frexp(ratio)[1] - 1
+            unit = np.ldexp(1.0, np.maximum(exponent, 1 - self.code.bias) - self.code.n_mantissa)
+        coded: NDArray[np.float64] = np.rint(ratio / unit) * unit * scale.astype(np.float64)
+        return coded
+
+
+def _inputs(
+    quant_activations: str, quant: str, weights: Array, block: tuple[int, int], phase: int
+) -> tuple[_Input, _Input] | None:
+    """How x and h are rounded; None: not at all."""
+    if quant_activations == "none":
+        return None
+    kinds = {"fp8": ("fp8_tensor", "fp8_channel", "fp8_block"), "int8": ("int8_channel",)}
+    if quant not in kinds[quant_activations]:
+        raise ValueError(f"quant_activations: {quant_activations} with {quant}")
+    is_fnuz = weights.dtype.name == "float8_e4m3fnuz"
+    name = "float8_e4m3fnuz" if is_fnuz else "float8_e4m3fn"
+    code = FLOAT_FORMATS[name] if quant_activations == "fp8" else None
+    if quant != "fp8_block":
+        return _Input(code, 0), _Input(code, 0)
+    return _Input(code, block[1]), _Input(code, block[1], phase)
+
+
 class _Kind(NamedTuple):
     """How a kind of quantisation stores weights, and which of them share a scale."""
 
@@ -339,6 +395,9 @@ def _layer(
     w2_scale: Array | None = None,
     block: tuple[int, int] = (128, 128),
     scale_phase: int = 0,
+    quant_activations: str = "none",
+    x_scale: Array | None = None,
+    h_scale: Array | None = None,
     w13_bias: Array | None = None,
     w2_bias: Array | None = None,
     swiglu_alpha: float = 1.702,
@@ -408,7 +467,10 @@ def _layer(
             up = rounded(up + 1)
         return rounded(rounded(act(gate, swiglu_alpha)) * up)
 
+    inputs = _inputs(quant_activations, quant, w13, block, scale_phase)
     hidden = values(hidden_states[:n_token, :n_hidden])
+    if inputs is not None:
+        hidden = values(inputs[0].rounded(hidden, x_scale))
     weights = values(topk_weights[:n_token])
     local = _local_ids(np.asarray(topk_ids[:n_token]).astype(np.int64), expert_map)
     slots = np.zeros((*local.shape, n_hidden), number.dtype)
@@ -418,6 +480,8 @@ def _layer(
         on_input = weight if apply_router_weight_on_input else None
         w13_here, w2_here = weights_of(int(expert))
         h = activated(hidden[token], w13_here, expert, on_input)
+        if inputs is not None:
+            h = values(inputs[1].rounded(h, h_scale))
         result = rounded(product(h, values(w2_here[:n_hidden, :n_inter])))
         if w2_bias is not None:
             result = rounded(result + values(w2_bias[expert, :n_hidden]))
@@ -459,6 +523,12 @@ def fused_moe(
         Where the rows of gate and up lie: see `split_gate_up`.
     quant, w13_scale, w2_scale, block, scale_phase
         Of quantised weights: see `dequantise`.
+    quant_activations : "none", "fp8" or "int8"
+        x and h are rounded before they are multiplied: to float8 e4m3 (fnuz with fnuz weights)
+        with fp8_tensor, fp8_channel and fp8_block weights, to int8 with int8_channel. Of fp8_block
+        the columns that share a column of scales of w13 or w2 have one scale, of others a row.
+    x_scale, h_scale : array of one, optional
+        Fixed scales in their place.
     w13_bias, w2_bias : array, [E, rows of w13] and [E, H_pad], optional
     swiglu_alpha, swiglu_limit : float, optional
         Before the activation of a gated layer, gate is clamped to at most the limit, up to

@@ -22,7 +22,8 @@ _ARGUMENTS = """
     Tensor hidden_states, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids, *,
     SymInt? n_inter=None, SymInt? n_hidden=None, str activation="silu", str gate_up="concat",
     str quant="none", Tensor? w13_scale=None, Tensor? w2_scale=None, SymInt[2] block=[128, 128],
-    SymInt scale_phase=0, Tensor? w13_bias=None, Tensor? w2_bias=None, float swiglu_alpha=1.702,
+    SymInt scale_phase=0, str quant_activations="none", Tensor? x_scale=None,
+    Tensor? h_scale=None, Tensor? w13_bias=None, Tensor? w2_bias=None, float swiglu_alpha=1.702,
     float? swiglu_limit=None, Tensor? expert_map=None, Tensor? n_token=None,
     bool apply_router_weight_on_input=False, float routed_scaling_factor=1.0, str layout="plain"
 """
