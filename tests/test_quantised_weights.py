@@ -720,6 +720,9 @@ def test_awq_is_refused() -> None:
     tensors = make(FORMATS["gptq"], sizes)[1]
     name = f"{PREFIX}.0.gate_proj.qweight"
     tensors[name] = np.zeros((72, 20), np.int32)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} .*: AWQ's order"):
+        moepad.load_experts(tensors, PREFIX, moepad.plan(**sizes))
+    tensors[name] = np.zeros((72, 16), np.int32)
     with pytest.raises(CheckpointError, match=rf"{re.escape(name)} .*expected shape \(9, 160\)"):
         moepad.load_experts(tensors, PREFIX, moepad.plan(**sizes))
 

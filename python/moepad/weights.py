@@ -559,6 +559,11 @@ def _take_inventory(source: SourceLike, prefix: str, plan: Plan, layout: str | N
     return _rebased(_Inventory(root, found, pieces, extras), plan)
 
 
+def _is_awq(shape: tuple[int, ...], gptq: tuple[int, ...]) -> bool:
+    """Whether a tensor of GPTQ's name packs the other axis, eight values to a word."""
+    return len(shape) == 2 and (shape[0], shape[1] * 8) == (gptq[0] * 8, gptq[1])
+
+
 def _place(stored: Stored, part: Part, expert: int | None, plan: Plan) -> _Piece:
     """What a stored tensor holds, if its shape and dtype are right."""
     sizes = _sizes(plan)
@@ -571,6 +576,11 @@ def _place(stored: Stored, part: Part, expert: int | None, plan: Plan) -> _Piece
         if stored.shape == sizes.shape(variant, *size):
             break
     else:
+        if part.form == "tall words" and _is_awq(stored.shape, sizes.shape(part, *size)):
+            raise CheckpointError(
+                f"{stored}: AWQ's order of 4-bit values, with zero points, is not supported; "
+                "quantise symmetrically with GPTQ or compressed-tensors"
+            )
         shapes = dict.fromkeys(str(sizes.shape(variant, *size)) for variant in part.variants)
         quant = "" if plan.quant == "none" else f", quant={plan.quant!r}, block={plan.block}"
         raise CheckpointError(
