@@ -4,8 +4,9 @@
  * A call has two stages. The first makes h = act(W13 x) for every pair (token, slot), sorted by
  * expert; a unit of its work is some of h's columns of one expert. The second makes out; a unit is
  * some of out's columns for a block of tokens, and adds up the pairs of each token in ascending
- * order of expert. Every sum is made by one thread in one order, so threads, which take units of
- * any size as they come, cannot change the result. */
+ * order of expert. Where activations are quantised, whole rows of h are between the two. Every sum
+ * is made by one thread in one order, so threads, which take units of any size as they come, cannot
+ * change the result. */
 #include "cpu.h"
 #include "cpu_kernels.h"
 #include "cpu_scalar.h"
