@@ -52,7 +52,8 @@ typedef struct mpad_cpu_product {
     const void *w; /* n_column rows of x->n_k elements */
     int64_t ld_w;  /* bytes between them */
     int64_t n_column;
-    const void *next_w; /* rows that will be wanted next, ld_w apart; a hint, or NULL */
+    const void *next_w;   /* rows that will be wanted next, ld_w apart; a hint, or NULL */
+    bool is_fetched_near; /* into the first cache too, where that pays */
     /* Of quantised weights, else NULL: w[n] is row w_row + n of the half whose scales begin
      * w_scale_at elements into it. */
     const mpad_scale *w_scale;

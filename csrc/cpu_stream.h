@@ -14,6 +14,7 @@ typedef struct NAME(stream) {
     int64_t ld_w, n_column, n_k;
     int64_t ahead;             /* columns from those at work to those being fetched */
     int64_t fetch_from, share; /* byte of a row to fetch from; tiles that share the fetching */
+    bool is_fetched_near;
     int64_t first, last;
     const char *x[MAX_TILE_ROWS];
     float *sum[MAX_TILE_ROWS]; /* of column 0 */
@@ -60,7 +61,7 @@ typedef struct NAME(stream) {
                 sum[c] += term[c];                                                                 \
     }
 
-INLINE void NAME(stream_rows)(const NAME(stream) * s, const int n_row, const bool is_alone)
+INLINE void NAME(stream_rows)(const NAME(stream) * s, const int n_row, const bool is_fetched_near)
 {
     char padded[4][STEP * ELEMENT_BYTES] __attribute__((aligned(64)));
     const int64_t n_step = s->n_k / STEP, n_tail = s->n_k % STEP;
@@ -81,7 +82,7 @@ INLINE void NAME(stream_rows)(const NAME(stream) * s, const int n_row, const boo
         for (; i + NAME(STEPS_PER_LINE) <= n_step; next += pace, near += 64) {
             for (int c = 0; c < 4; c++) {
                 __builtin_prefetch(next + c * ld_w, 0, 2);
-                if (is_alone)
+                if (is_fetched_near)
                     __builtin_prefetch(near + c * ld_w);
             }
             for (int u = 0; u < NAME(STEPS_PER_LINE); u++, i++, from += NAME(STEP_BYTES)) {
@@ -112,7 +113,7 @@ static __attribute__((noinline)) void NAME(stream_run)(const NAME(stream) * s, i
 {
 #define CASE(r)                                                                                    \
     case r:                                                                                        \
-        if (s->share == 1)                                                                         \
+        if (s->is_fetched_near)                                                                    \
             NAME(stream_rows)(s, (r), true);                                                       \
         else                                                                                       \
             NAME(stream_rows)(s, (r), false);                                                      \
@@ -137,7 +138,11 @@ static void NAME(stream_multiply)(const mpad_cpu_product *p)
     enum { AHEAD_BYTES = 16384, GROUP_BYTES = 65536 }; /* of w */
     const mpad_cpu_rows *x = p->x;
     const int64_t n_tile = (p->n_row + TILE_ROWS - 1) / TILE_ROWS;
-    NAME(stream) s = {.ld_w = p->ld_w, .n_column = p->n_column, .share = n_tile};
+    NAME(stream)
+    s = {.ld_w = p->ld_w,
+         .n_column = p->n_column,
+         .share = n_tile,
+         .is_fetched_near = p->is_fetched_near && n_tile == 1};
 
     for (int64_t k = 0; k < x->n_k; k += x->k_block) {
         s.n_k = x->n_k - k < x->k_block ? x->n_k - k : x->k_block;
