@@ -58,11 +58,6 @@ def device(emulated: None) -> Iterator[None]:
         yield
 
 
-def kernel_named(name: str) -> Any:
-    modules = [m for m in bridge.modules.values() if m.device.arch == ARCH and name in m.kernels]
-    return modules[-1].kernels[name]
-
-
 def launches(call: Call) -> list[bridge.Report]:
     """What a call runs; its result goes unchecked."""
     there = {name: fakehip.to_device(t, DEVICE) for name, t in call.tensors().items()}
@@ -76,7 +71,7 @@ def launches(call: Call) -> list[bridge.Report]:
 def test_every_barrier_is_needed(regime: str) -> None:
     call = build(CASES[regime], DTYPE)
     for report in launches(call):
-        kernel = kernel_named(report.kernel)
+        kernel = report.kernel
         barriers = [inst for inst in kernel.instructions() if inst.addr in report.stats.barriers]
         assert len(barriers) == len(report.stats.barriers)
         for barrier in barriers:
@@ -89,7 +84,7 @@ def test_waits_are_needed(regime: str) -> None:
     """Where something was in flight; a later wait may cover an earlier one, not most of them."""
     call = build(CASES[regime], DTYPE)
     for report in launches(call):
-        kernel = kernel_named(report.kernel)
+        kernel = report.kernel
         waits = [inst for inst in kernel.instructions() if inst.addr in report.stats.busy_waits]
         waits = waits[:: len(waits) // 8 or 1]
         found = 0
@@ -99,7 +94,7 @@ def test_waits_are_needed(regime: str) -> None:
                     run(call, DEVICE)
                 except FAULTS:
                     found += 1
-        assert found > len(waits) / 2, f"{report.kernel}: {found} of {len(waits)}"
+        assert found > len(waits) / 2, f"{kernel.name}: {found} of {len(waits)}"
 
 
 @contextmanager
@@ -125,7 +120,11 @@ def test_mistakes_in_the_source(mistake: tuple[str, ...] | None) -> None:
     case, text = CASES[regime], compiler.source(DTYPE)
     mutated, n_change = re.subn(before, after, text, count=1, flags=re.S)
     assert n_change == 1
-    kernel = kernel_named(f"mpad_{family}_{DTYPE}")
+    (kernel,) = [
+        report.kernel
+        for report in launches(build(case, DTYPE))
+        if report.kernel.name == f"mpad_{family}_{DTYPE}"
+    ]
     call, where = padded(build(case, DTYPE), 8)
     with replaced(kernel, compiled(kernel, mutated)):
         if mistake:

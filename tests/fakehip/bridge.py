@@ -27,9 +27,9 @@ options: dict[str, Any] = {"strict_waits": True, "batch_waves": 256}
 
 @dataclass
 class Report:
-    """One launch that has run."""
+    """One launch that has run; kernels of one name may be in several modules."""
 
-    kernel: str
+    kernel: emulator.Kernel
     grid: tuple[int, ...]
     block: tuple[int, ...]
     lds: int
@@ -160,7 +160,8 @@ def _bytes_at(address: int, size: int) -> Any:
 
 def _launch(launch: Any) -> int:
     call = launch[0]
-    module, name = modules[call.module], call.name.decode()
+    module = modules[call.module]
+    kernel = module.kernels[call.name.decode()]
     regions = []
     for i in range(call.n_range):
         r = call.ranges[i]
@@ -170,8 +171,8 @@ def _launch(launch: Any) -> int:
     grid, block = tuple(call.grid), tuple(call.block)
     kernarg = ctypes.string_at(call.kernarg, call.n_kernarg)
     with module.device.memory.also(regions):
-        stats = module.kernels[name].launch(grid, block, kernarg, call.lds, **options)
-    log.launches.append(Report(name, grid, block, call.lds, stats))
+        stats = kernel.launch(grid, block, kernarg, call.lds, **options)
+    log.launches.append(Report(kernel, grid, block, call.lds, stats))
     return SUCCESS
 
 
