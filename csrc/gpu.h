@@ -20,6 +20,7 @@ typedef struct mpad_gpu_scope {
     void *context;
     int device;
     bool is_changed;
+    int capture_mode; /* of mpad_gpu_enter */
 } mpad_gpu_scope;
 
 /* n_row rows of n_bytes each, their starts so many bytes apart; either side host or device. */
@@ -28,6 +29,8 @@ typedef struct mpad_gpu_transfer {
     const void *from;
     int64_t n_bytes, n_row, to_pitch, from_pitch;
 } mpad_gpu_transfer;
+
+enum { MPAD_CAPTURE_RELAXED = 2 }; /* what a thread allocates or frees spoils no other's capture */
 
 /* Works on the calling thread's current device but for `count`, `describe` and `enter`. */
 typedef struct mpad_gpu_api {
@@ -44,7 +47,7 @@ typedef struct mpad_gpu_api {
     mpad_code (*launch)(void *function, unsigned grid, unsigned block, unsigned lds_bytes,
                         bool is_dependent, void *argument, void *stream, mpad_status *status);
     mpad_code (*allocate)(int64_t n_bytes, void **address, mpad_status *status);
-    mpad_code (*release)(void *address, mpad_status *status); /* spoils no capture under way */
+    mpad_code (*release)(void *address, mpad_status *status);
     mpad_code (*clear)(void *address, int64_t n_bytes, void *stream, mpad_status *status);
     /* Of the host, and such that copies from it need not wait for the host. */
     mpad_code (*allocate_host)(int64_t n_bytes, void **address, mpad_status *status);
@@ -53,6 +56,9 @@ typedef struct mpad_gpu_api {
     mpad_code (*end_stream)(void *stream, mpad_status *status);
     mpad_code (*copy)(const mpad_gpu_transfer *transfer, void *stream, mpad_status *status);
     mpad_code (*wait)(void *stream, mpad_status *status);
+    mpad_code (*wait_all)(mpad_status *status); /* for every stream; none may be in a capture */
+    /* Of the calling thread: *mode becomes its mode, and the other way round. */
+    mpad_code (*swap_capture_mode)(int *mode, mpad_status *status);
 } mpad_gpu_api;
 
 /* Fill a table from an opened runtime library and start the runtime, once per process. `path`:

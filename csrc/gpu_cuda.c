@@ -17,7 +17,6 @@ enum {
     CUDA_MEMORY_UNIFIED = 4,
     CUDA_MAX_DEVICES = 64,
     CUDA_STREAM_NON_BLOCKING = 1,
-    CUDA_CAPTURE_RELAXED = 2,
 };
 
 typedef struct launch_attribute {
@@ -82,6 +81,7 @@ _Static_assert(sizeof(launch_attribute) == 72 && sizeof(launch_config) == 56 &&
     X(cuStreamCreate, "cuStreamCreate", (void **stream, unsigned flags))                           \
     X(cuStreamDestroy, "cuStreamDestroy_v2", (void *stream))                                       \
     X(cuStreamSynchronize, "cuStreamSynchronize", (void *stream))                                  \
+    X(cuCtxSynchronize, "cuCtxSynchronize", (void))                                                \
     X(cuThreadExchangeStreamCaptureMode, "cuThreadExchangeStreamCaptureMode", (int *mode))         \
     X(cuGetErrorName, "cuGetErrorName", (int error, const char **name))
 
@@ -221,14 +221,10 @@ static mpad_code allocate(int64_t n_bytes, void **address, mpad_status *status)
     return MPAD_OK;
 }
 
-/* Python frees whenever it likes, during another thread's capture too. */
 static mpad_code release(void *address, mpad_status *status)
 {
-    int mode = CUDA_CAPTURE_RELAXED;
-    cuda.cuThreadExchangeStreamCaptureMode(&mode);
-    int error = cuda.cuMemFree(address);
-    cuda.cuThreadExchangeStreamCaptureMode(&mode);
-    return error == CUDA_SUCCESS ? MPAD_OK : fail("cuMemFree", error, status);
+    CUDA_TRY(cuMemFree, address);
+    return MPAD_OK;
 }
 
 static mpad_code clear(void *address, int64_t n_bytes, void *stream, mpad_status *status)
@@ -285,6 +281,18 @@ static mpad_code wait(void *stream, mpad_status *status)
     return MPAD_OK;
 }
 
+static mpad_code wait_all(mpad_status *status)
+{
+    CUDA_TRY(cuCtxSynchronize);
+    return MPAD_OK;
+}
+
+static mpad_code swap_capture_mode(int *mode, mpad_status *status)
+{
+    CUDA_TRY(cuThreadExchangeStreamCaptureMode, mode);
+    return MPAD_OK;
+}
+
 static mpad_code resolve(void *library, const char *path, mpad_status *status)
 {
     const struct {
@@ -327,6 +335,8 @@ mpad_code mpad_gpu_cuda_open(void *library, const char *path, const mpad_gpu_api
         .end_stream = end_stream,
         .copy = copy,
         .wait = wait,
+        .wait_all = wait_all,
+        .swap_capture_mode = swap_capture_mode,
     };
     MPAD_TRY(resolve(library, path, status));
     CUDA_TRY(cuInit, 0);

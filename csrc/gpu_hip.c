@@ -11,7 +11,6 @@ enum {
     HIP_MEMCPY_DEFAULT = 4,
     HIP_MULTIPROCESSOR_COUNT = 63,
     HIP_STREAM_NON_BLOCKING = 1,
-    HIP_CAPTURE_RELAXED = 2,
 };
 
 /* X(result, name, parameters) */
@@ -42,6 +41,7 @@ enum {
     X(int, hipStreamCreateWithFlags, (void **stream, unsigned flags))                              \
     X(int, hipStreamDestroy, (void *stream))                                                       \
     X(int, hipStreamSynchronize, (void *stream))                                                   \
+    X(int, hipDeviceSynchronize, (void))                                                           \
     X(int, hipThreadExchangeStreamCaptureMode, (int *mode))                                        \
     X(int, hipGetLastError, (void))                                                                \
     X(const char *, hipGetErrorName, (int error))
@@ -159,14 +159,10 @@ static mpad_code allocate(int64_t n_bytes, void **address, mpad_status *status)
     return MPAD_OK;
 }
 
-/* Python frees whenever it likes, during another thread's capture too. */
 static mpad_code release(void *address, mpad_status *status)
 {
-    int mode = HIP_CAPTURE_RELAXED;
-    hip.hipThreadExchangeStreamCaptureMode(&mode);
-    int error = hip.hipFree(address);
-    hip.hipThreadExchangeStreamCaptureMode(&mode);
-    return error == HIP_SUCCESS ? MPAD_OK : fail("hipFree", error, status);
+    HIP_TRY(hipFree, address);
+    return MPAD_OK;
 }
 
 static mpad_code clear(void *address, int64_t n_bytes, void *stream, mpad_status *status)
@@ -215,6 +211,18 @@ static mpad_code wait(void *stream, mpad_status *status)
     return MPAD_OK;
 }
 
+static mpad_code wait_all(mpad_status *status)
+{
+    HIP_TRY(hipDeviceSynchronize);
+    return MPAD_OK;
+}
+
+static mpad_code swap_capture_mode(int *mode, mpad_status *status)
+{
+    HIP_TRY(hipThreadExchangeStreamCaptureMode, mode);
+    return MPAD_OK;
+}
+
 static mpad_code resolve(void *library, const char *path, mpad_status *status)
 {
     const struct {
@@ -260,6 +268,8 @@ mpad_code mpad_gpu_hip_open(void *library, const char *path, const mpad_gpu_api 
         .end_stream = end_stream,
         .copy = copy,
         .wait = wait,
+        .wait_all = wait_all,
+        .swap_capture_mode = swap_capture_mode,
     };
     MPAD_TRY(resolve(library, path, status));
     /* NOTE: without a device hipInit of ROCm 5 says hipErrorInvalidDevice; the count says why. */

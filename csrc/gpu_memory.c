@@ -21,9 +21,15 @@ struct mpad_staging {
 static mpad_code allocate_zeros(const mpad_gpu_api *api, int64_t n_bytes, void **address,
                                 mpad_status *status)
 {
+    void *stream; /* the default one waits for others, and a capture forbids that */
+    mpad_status later;
     MPAD_TRY(api->allocate(n_bytes, address, status));
-    MPAD_TRY(api->clear(*address, n_bytes, NULL, status));
-    return api->wait(NULL, status);
+    MPAD_TRY(api->make_stream(&stream, status));
+    mpad_code code = api->clear(*address, n_bytes, stream, status);
+    if (code == MPAD_OK)
+        code = api->wait(stream, status);
+    mpad_code ended = api->end_stream(stream, code == MPAD_OK ? status : &later);
+    return code == MPAD_OK ? ended : code;
 }
 
 mpad_code mpad_gpu_allocate(const mpad_gpu *gpu, int64_t n_bytes, void **address,
@@ -52,6 +58,14 @@ mpad_code mpad_gpu_release(const mpad_gpu *gpu, void *address, mpad_status *stat
     mpad_code entered = mpad_gpu_enter(gpu, &scope, &api, status);
     mpad_code code = api->release(address, status); /* the address says which device */
     return entered == MPAD_OK ? mpad_gpu_leave(gpu, &scope, code, status) : code;
+}
+
+mpad_code mpad_gpu_settle(const mpad_gpu *gpu, mpad_status *status)
+{
+    const mpad_gpu_api *api;
+    mpad_gpu_scope scope;
+    MPAD_TRY(mpad_gpu_enter(gpu, &scope, &api, status));
+    return mpad_gpu_leave(gpu, &scope, api->wait_all(status), status);
 }
 
 static mpad_code end_lane(const mpad_gpu_api *api, const lane *lane, mpad_status *status)
@@ -106,14 +120,18 @@ mpad_code mpad_staging_make(mpad_gpu *gpu, mpad_staging **staging, mpad_status *
     return code;
 }
 
+/* For all of them, also where one fails: the first fault is told. */
 static mpad_code wait_for(const mpad_gpu *gpu, const lane *lanes, int n, mpad_status *status)
 {
     const mpad_gpu_api *api;
     mpad_gpu_scope scope;
     MPAD_TRY(mpad_gpu_enter(gpu, &scope, &api, status));
     mpad_code code = MPAD_OK;
-    for (int i = 0; i < n && code == MPAD_OK; i++)
-        code = api->wait(lanes[i].stream, status);
+    for (int i = 0; i < n; i++) {
+        mpad_status later;
+        mpad_code other = api->wait(lanes[i].stream, code == MPAD_OK ? status : &later);
+        code = code == MPAD_OK ? other : code;
+    }
     return mpad_gpu_leave(gpu, &scope, code, status);
 }
 

@@ -14,6 +14,9 @@ mpad_code mpad_gpu_allocate(const mpad_gpu *gpu, int64_t n_bytes, void **address
 /* What is queued on the memory is done first. NULL is no memory. */
 mpad_code mpad_gpu_release(const mpad_gpu *gpu, void *address, mpad_status *status);
 
+/* Waits for all that is queued on the device, in whatever stream. */
+mpad_code mpad_gpu_settle(const mpad_gpu *gpu, mpad_status *status);
+
 typedef struct mpad_staging mpad_staging;
 
 mpad_code mpad_staging_make(mpad_gpu *gpu, mpad_staging **staging, mpad_status *status);

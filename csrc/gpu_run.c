@@ -135,12 +135,23 @@ mpad_code mpad_gpu_enter(const mpad_gpu *gpu, mpad_gpu_scope *scope, const mpad_
                          mpad_status *status)
 {
     *api = gpu->api;
-    return fail_of(gpu, gpu->api->enter(gpu->device.index, scope, status), status);
+    mpad_code code = gpu->api->enter(gpu->device.index, scope, status);
+    if (code == MPAD_OK) {
+        scope->capture_mode = MPAD_CAPTURE_RELAXED;
+        code = gpu->api->swap_capture_mode(&scope->capture_mode, status);
+        if (code != MPAD_OK)
+            code = end_scope(gpu->api, scope, code, status);
+    }
+    return fail_of(gpu, code, status);
 }
 
 mpad_code mpad_gpu_leave(const mpad_gpu *gpu, const mpad_gpu_scope *scope, mpad_code code,
                          mpad_status *status)
 {
+    mpad_status later;
+    int mode = scope->capture_mode;
+    mpad_code swapped = gpu->api->swap_capture_mode(&mode, code == MPAD_OK ? status : &later);
+    code = code == MPAD_OK ? swapped : code;
     return fail_of(gpu, end_scope(gpu->api, scope, code, status), status);
 }
 

@@ -1179,6 +1179,24 @@ static PyObject *gpu_staging(PyObject *module, PyObject *args)
     return staging ? staging : raise_status(state_of(module), &status);
 }
 
+static PyObject *gpu_settle(PyObject *module, PyObject *args)
+{
+    mpad_status status;
+    mpad_device device;
+    mpad_gpu *gpu;
+    int device_type, index;
+    if (!PyArg_ParseTuple(args, "ii", &device_type, &index))
+        return NULL;
+    mpad_code code = find_gpu(device_type, index, &device, &gpu, &status);
+    if (code == MPAD_OK) {
+        Py_BEGIN_ALLOW_THREADS code = mpad_gpu_settle(gpu, &status);
+        Py_END_ALLOW_THREADS
+    }
+    if (code != MPAD_OK)
+        return raise_status(state_of(module), &status);
+    Py_RETURN_NONE;
+}
+
 static mpad_code put_views(mpad_staging *staging, const mpad_view *dst, const mpad_view *src,
                            mpad_status *status)
 {
@@ -1246,6 +1264,7 @@ static PyMethodDef methods[] = {
     METHOD_PLAIN(gpu_report),
     {"gpu_memory", gpu_memory, METH_VARARGS, gpu_memory_doc},
     {"gpu_export", gpu_export, METH_VARARGS, gpu_export_doc},
+    {"gpu_settle", gpu_settle, METH_VARARGS, gpu_settle_doc},
     {"gpu_staging", gpu_staging, METH_VARARGS, gpu_staging_doc},
     {"gpu_put", gpu_put, METH_VARARGS, gpu_put_doc},
     {"gpu_wait", gpu_wait, METH_O, gpu_wait_doc},

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,21 +76,94 @@ def test_every_format_as_on_a_cpu(name: str) -> None:
     assert bits_of(there) == bits_of(moepad.load_experts(tensors, PREFIX, plan))
 
 
-def test_runs_where_it_lies() -> None:
-    """Half of the experts, so that the map of ids is on the device too."""
-    more: dict[str, Any] = {"ep_size": 2, "ep_rank": 1, "align": 64}
-    rng = np.random.default_rng(0)
-    tensors = {
+def drawn(seed: int) -> dict[str, Any]:
+    """A checkpoint of ordinary weights."""
+    rng = np.random.default_rng(seed)
+    return {
         name: (rng.standard_normal(tensor.shape) * 0.1).astype(tensor.dtype)
         for name, tensor in make_checkpoint("gate_up_down", **SIZES).items()
     }
-    there, here = loaded(tensors, **more), loaded(tensors, "cpu", **more)
+
+
+def routed() -> tuple[Any, Any, Any]:
+    rng = np.random.default_rng(0)
     x = rng.standard_normal((3, SIZES["n_hidden"])).astype(ml_dtypes.bfloat16)
-    shares, ids = rng.random((3, 2), np.float32), np.array([[0, 2], [3, 1], [2, 3]], np.int32)
-    out = fakehip.to_device(np.zeros_like(x), 1)
-    there(*(fakehip.to_device(array, 1) for array in (x, shares, ids)), out=out)
-    got, expected = out.numpy().astype(np.float32), here(x, shares, ids).astype(np.float32)
-    assert np.abs(got - expected).max() <= 2**-7 * np.abs(expected).max()
+    return x, rng.random((3, 2), np.float32), np.array([[0, 2], [3, 1], [2, 3]], np.int32)
+
+
+def are_close(out: fakehip.DeviceArray, expected: Any) -> bool:
+    """Up to the roundings of bf16 in another order."""
+    got, wanted = out.numpy().astype(np.float32), expected.astype(np.float32)
+    return bool(np.abs(got - wanted).max() <= 2**-7 * np.abs(wanted).max())
+
+
+def test_runs_where_it_lies() -> None:
+    """Half of the experts, so that the map of ids is on the device too."""
+    more: dict[str, Any] = {"ep_size": 2, "ep_rank": 1, "align": 64}
+    tensors = drawn(0)
+    there, here = loaded(tensors, **more), loaded(tensors, "cpu", **more)
+    out = fakehip.to_device(np.zeros_like(routed()[0]), 1)
+    there(*(fakehip.to_device(array, 1) for array in routed()), out=out)
+    assert are_close(out, here(*routed()))
+
+
+@contextmanager
+def side_stream(is_blocking: bool = False) -> Iterator[ctypes.c_void_p]:
+    handle = ctypes.c_void_p()
+    with fakehip.on_device(1):
+        fakehip.call("hipStreamCreateWithFlags", ctypes.byref(handle), 0 if is_blocking else 1)
+    yield handle
+    fakehip.call("hipStreamDestroy", handle)
+
+
+def test_an_update_lets_queued_calls_finish() -> None:
+    """On streams that wait for no other, with the weights of when they were queued."""
+    there, here = loaded(drawn(0)), loaded(drawn(0), "cpu")
+    arrays = [fakehip.to_device(array, 1) for array in routed()]
+    out = fakehip.to_device(np.zeros_like(routed()[0]), 1)
+    there(*arrays, out=out)  # its kernels are loaded now
+    out.set(np.zeros_like(routed()[0]))
+    with side_stream() as stream:
+        with fakehip.lazily():
+            there(*arrays, out=out, stream=stream.value)
+            there.update(drawn(9))
+            fakehip.call("hipStreamSynchronize", stream)
+        assert are_close(out, here(*routed()))
+        there(*arrays, out=out, stream=stream.value)
+        assert are_close(out, loaded(drawn(9), "cpu")(*routed()))
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2], ids=["global", "thread", "relaxed"])
+@pytest.mark.parametrize("is_blocking", [False, True])
+def test_a_load_spoils_no_capture(mode: int, is_blocking: bool) -> None:
+    """Of whoever captures, in whatever mode; what is in the graph is what was captured."""
+    there, here = loaded(drawn(0)), loaded(drawn(0), "cpu")
+    arrays = [fakehip.to_device(array, 1) for array in routed()]
+    out = fakehip.to_device(np.zeros_like(routed()[0]), 1)
+    there(*arrays, out=out, workspace=(space := workspace(there, arrays)))
+    out.set(np.zeros_like(routed()[0]))
+    graph, replay = ctypes.c_void_p(), ctypes.c_void_p()
+    with side_stream(is_blocking) as stream:
+        fakehip.call("hipStreamBeginCapture", stream, mode)
+        there(*arrays, out=out, workspace=space, stream=stream.value)
+        other = loaded(drawn(9))
+        fakehip.call("hipStreamEndCapture", stream, ctypes.byref(graph))
+        assert bits_of(other) == bits_of(loaded(drawn(9), "cpu"))
+        none = ctypes.c_size_t(0)
+        fakehip.call("hipGraphInstantiate", ctypes.byref(replay), graph, None, None, none)
+        fakehip.call("hipGraphLaunch", replay, stream)
+        fakehip.call("hipStreamSynchronize", stream)
+        assert are_close(out, here(*routed()))
+        fakehip.call("hipGraphExecDestroy", replay)
+        fakehip.call("hipGraphDestroy", graph)
+
+
+def workspace(experts: moepad.Experts, arrays: list[Any]) -> fakehip.DeviceArray:
+    names = ("hidden_states", "topk_weights", "topk_ids")
+    n_bytes = moepad.workspace_nbytes(
+        **dict(zip(names, arrays, strict=True)), w13=experts.w13, w2=experts.w2
+    )
+    return fakehip.DeviceArray((n_bytes,), np.uint8, 1)
 
 
 @pytest.mark.parametrize("kind", [dict, Lazy])
@@ -105,7 +180,13 @@ def test_update_in_place(kind: Any) -> None:
 # Calls that a load makes before it has all; what frees is not made to fail: then nothing can be.
 CALLS = [
     *("hipGetDevice", "hipSetDevice", "hipMalloc", "hipMemsetAsync", "hipStreamSynchronize"),
-    *("hipHostMalloc", "hipStreamCreateWithFlags", "hipMemcpyAsync", "hipMemcpy2DAsync"),
+    *(
+        "hipThreadExchangeStreamCaptureMode",
+        "hipHostMalloc",
+        "hipStreamCreateWithFlags",
+        "hipMemcpyAsync",
+        "hipMemcpy2DAsync",
+    ),
 ]
 
 

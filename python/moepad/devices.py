@@ -36,6 +36,9 @@ class Memory(Protocol):
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any: ...
 
+    def settle(self) -> None:
+        """Waits for what is queued and may still read what is here."""
+
     def writing(self) -> AbstractContextManager[Put]:
         """Gives a function that copies the second array, of the host, to the first, which is here.
 
@@ -83,6 +86,8 @@ class _Host:
         block = np.zeros(n_byte + _PAGE, np.uint8)
         return np.ndarray(shape, dtype, block.data, -block.ctypes.data % _PAGE)
 
+    def settle(self) -> None: ...
+
     @contextmanager
     def writing(self) -> Iterator[Put]:
         yield _core.copy
@@ -102,6 +107,9 @@ class _Gpu:
         # Never read: NumPy reckons with its shape and strides.
         shadow = np.lib.stride_tricks.as_strided(np.empty(1, dtype), shape, _steps(shape, dtype))
         return DeviceArray(self, memory, 0, shadow)
+
+    def settle(self) -> None:
+        _core.gpu_settle(*self.pair)
 
     @contextmanager
     def writing(self) -> Iterator[Put]:

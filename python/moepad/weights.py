@@ -209,7 +209,8 @@ class Experts:
         about to be overwritten go to an unnamed temporary file first (in TMPDIR; as large as this
         rank's tensors, gone afterwards) and come back if anything is raised. `extras` become those
         of the source, if its tensors are named as those first loaded were, else there are none.
-        Not for use while another thread runs the experts.
+        Waits for all that is queued on the device; not for use while another thread runs the
+        experts or captures a graph.
 
         Parameters
         ----------
@@ -233,6 +234,7 @@ class Experts:
         resident = [piece for piece in pieces if piece.stored.is_resident]
         for piece in resident:
             self._check_values(piece)
+        self._memory.settle()
         if len(resident) == len(pieces) and self.device == "cpu":
             try:
                 self._fill(pieces, progress)
