@@ -396,9 +396,8 @@ static const char gpu_export_doc[] =
     "/)" SIGNATURE_END
     "A DLPack capsule of an array in such memory, which it keeps; offset and strides in bytes.\n";
 
-static const char gpu_settle_doc[] =
-    "gpu_settle($module, device_type, index, /)" SIGNATURE_END
-    "Wait for all that is queued on a GPU, in whatever stream.\n";
+static const char gpu_settle_doc[] = "gpu_settle($module, device_type, index, /)" SIGNATURE_END
+                                     "Wait for all that is queued on a GPU, in whatever stream.\n";
 
 static const char gpu_staging_doc[] =
     "gpu_staging($module, device_type, index, /)" SIGNATURE_END
