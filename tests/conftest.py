@@ -15,10 +15,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+import hypothesis
 import numpy as np
 import pytest
 
 REQUIRED = frozenset(filter(None, os.environ.get("MOEPAD_TEST_REQUIRE", "").split(",")))
+
+
+# The same examples in every run, unless they are asked for in another number: what fails, fails for
+# everyone.
+hypothesis.settings.register_profile("same", derandomize="MOEPAD_FUZZ_EXAMPLES" not in os.environ)
+hypothesis.settings.load_profile("same")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -220,6 +220,8 @@ def test_save_and_load_at_other_sizes(
     form = FORMATS[name]
     if form.quant == "fp8_block" and name.startswith("fused"):
         n_inter = max(block[0], n_inter - n_inter % block[0])
+    if name.startswith("fused ungated"):
+        assume(n_hidden != n_inter)  # a square does not tell which axis comes first
     sizes = sizes_of(form, n_hidden=n_hidden, n_inter=n_inter, n_expert=n_expert)
     if form.quant == "fp8_block":
         sizes["block"] = block

@@ -57,7 +57,7 @@ def as_held(part: Part, stored: Stored, values: Array, dtype: np.dtype[Any]) -> 
     if part.is_scale:
         held = _same_or_wider(values, dtype)
         if part.factor != 1:
-            with np.errstate(over="ignore"):  # noticed below
+            with np.errstate(over="ignore", invalid="ignore"):  # noticed below
                 held = held * dtype.type(part.factor)
         is_one_byte = values.dtype.itemsize == 1
         wrong = values.view(np.uint8) == _E8M0_NAN if is_one_byte else ~np.isfinite(held)
