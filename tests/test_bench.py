@@ -77,7 +77,7 @@ def test_a_contender_that_fails_is_a_row_with_its_reason() -> None:
 
 
 def test_a_contender_that_dies_is_a_row_with_its_status() -> None:
-    task = bench._Task(Contender("ours", bench.OURS), TINY, "bf16", 1, 1 << 20)
+    task = bench._Task(Contender("ours", bench.OURS), TINY, "bf16", "none", 1, 1 << 20)
     process = bench._Process(task)
     process.process.kill()
     with pytest.raises(RuntimeError, match="ended with -9"):
@@ -96,7 +96,7 @@ def test_a_wrong_result_is_a_fault() -> None:
             return bench._Window(1.0, 0.5, 1e9, 1e9)
 
     contenders = {Contender("ours", bench.OURS): Process(1.0), Contender("x", "x"): Process(1.05)}
-    row = [Cell(c.name, c.kind == bench.OURS, "tiny", "bf16", 1) for c in contenders]
+    row = [Cell(c.name, c.kind == bench.OURS, "tiny", "bf16", "none", 1) for c in contenders]
     bench._measure_row(row, contenders, TINY, 0.1, lambda: None)  # type: ignore[arg-type]
     assert not row[0].fault and row[0].fraction == 0.5
     assert row[1].fault == "wrong: relative error 5.0e-02" and not row[1].seconds
@@ -113,14 +113,14 @@ def test_tokens_are_the_same_for_every_contender() -> None:
 def test_padded_weights_compute_the_same_layer() -> None:
     def layers(**sizes: int) -> Any:
         contender = Contender("ours", bench.OURS, **sizes)
-        return bench._layers(bench._Task(contender, TINY, "f32", 1, 1 << 20))
+        return bench._layers(bench._Task(contender, TINY, "f32", "none", 1, 1 << 20))
 
     compact, padded = layers()[0], layers(n_inter=32, n_inter_pad=48)[0]
     assert padded[0].shape == (4, 96, 64) and padded[1].shape == (4, 64, 48)
     np.testing.assert_array_equal(padded[0][:, :32], compact[0][:, :32])
     np.testing.assert_array_equal(padded[0][:, 48:80], compact[0][:, 32:])
     np.testing.assert_array_equal(padded[1][:, :, :32], compact[1])
-    assert sum(w13.nbytes + w2.nbytes for w13, w2 in layers()) >= 1 << 20
+    assert sum(layer.n_bytes for layer in layers()) >= 1 << 20
 
 
 def test_speed_and_overhead_are_numbers() -> None:
@@ -151,6 +151,26 @@ def test_command(as_json: bool, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert out.index("read") < out.index("bf16 layer") < out.index("tiny, I=32")
 
 
+@pytest.mark.parametrize("quant", [name for name in bench.QUANTS if name != "none"])
+def test_quantised_weights(quant: str) -> None:
+    """Right against the specification, and the floor counts what is stored, scales too."""
+    contender = Contender("ours", bench.OURS)
+    settings: dict[str, Any] = {"seconds": 0.01, "n_thread": 1, "rotate_bytes": 1 << 16}
+    (cell,) = bench.run([contender], TINY, "bf16", [1], quant=quant, **settings)
+    assert not cell.fault and cell.error < bench.LIMIT["bf16"]
+    task = bench._Task(contender, TINY, "bf16", quant, 1, 1 << 16)
+    layers = bench._layers(task)
+    assert sum(layer.n_bytes for layer in layers) >= 1 << 16
+    work = bench._work(task, layers[0], bench._tokens(TINY, "bf16", 64, 0))
+    assert work.n_bytes == layers[0].n_bytes + 2 * 64 * TINY.n_hidden * 2
+
+
+def test_command_with_quantised_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", *TINY_ARGUMENTS, "--quant", "fp8_channel,mxfp4"]) == 0
+    out = capsys.readouterr().out
+    assert "bf16, fp8_channel layer" in out and "bf16, mxfp4 layer" in out
+
+
 def test_results_are_never_overwritten(tmp_path: Path) -> None:
     facts: dict[str, object] = {"date": "2026-01-02 03:04 UTC", "cpu": "A (R) B", "commit": "12"}
     first, second = (command._save(tmp_path, facts, text) for text in ("one", "two"))
@@ -164,6 +184,7 @@ def test_results_are_never_overwritten(tmp_path: Path) -> None:
         (["--shape", "no"], "--shape: expected qwen3-30b"),
         (["--shape", "x:1:2:3"], "--shape: expected"),
         (["--shape", "x:1:2:3:y"], "--shape: expected a positive integer, got 'y'"),
+        (["--quant", "fp4"], "--quant: expected one of none, fp8_tensor"),
         (["--dtype", "f8"], "--dtype: expected one of f32, bf16, f16, got 'f8'"),
         (["--m", "0"], "--m: expected a positive integer"),
         (["--isa", "no"], "--isa: expected one of"),

@@ -18,7 +18,7 @@ import time
 import timeit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from moepad import _core, peers, reference
 from moepad.peers import Attach, Bind, Call, Tokens
-from moepad.testing import Work, window
+from moepad.testing import Work, quantise, window
 
 __all__ = ["SHAPES", "Cell", "Contender", "Shape", "call_overhead", "machine_speed", "run"]
 
@@ -46,6 +46,17 @@ PROBE_SECONDS = 0.02
 N_WINDOW = 5
 N_CHECK = 2  # tokens of each result held against the specification
 OURS = "moepad"  # a contender's kind
+# Kinds of quantised weights that can be measured, and what `moepad.fused_moe` takes with each.
+QUANTS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "fp8_tensor": {},
+    "fp8_channel": {},
+    "fp8_block": {"block": (128, 128)},
+    "mxfp8": {},
+    "mxfp4": {},
+    "int8_channel": {},
+    "int4_group": {"block": (1, 32)},
+}
 # Relative L2 error no correct implementation reaches: several roundings of each type.
 LIMIT = {"f32": 1e-4, "bf16": 3e-2, "f16": 5e-3}
 
@@ -127,6 +138,7 @@ class Cell:
     is_ours: bool
     shape: str
     dtype: str
+    quant: str
     n_token: int
     seconds: list[float] = field(default_factory=list)
     floors: list[float] = field(default_factory=list)
@@ -163,11 +175,11 @@ class Cell:
 def _moepad(contender: Contender) -> Attach:
     _core.set_cpu_isa(contender.isa)
 
-    def attach(w13: Array, w2: Array) -> Bind:
+    def attach(w13: Array, w2: Array, **options: Any) -> Bind:
         def bind(tokens: Tokens) -> Call:
             out = np.empty_like(tokens.hidden)
             args = (tokens.hidden, w13, w2, tokens.weights, tokens.ids)
-            return lambda: _core.fused_moe(*args, n_inter=contender.n_inter, out=out)
+            return lambda: _core.fused_moe(*args, n_inter=contender.n_inter, out=out, **options)
 
         return bind
 
@@ -181,14 +193,49 @@ class _Task(NamedTuple):
     contender: Contender
     shape: Shape
     dtype: str
+    quant: str
     n_thread: int
     rotate_bytes: int
 
 
-def _layers(task: _Task) -> list[tuple[Array, Array]]:
+class _Layer(NamedTuple):
+    w13: Array
+    w2: Array
+    options: dict[str, Any]  # what else `moepad.fused_moe` takes: scales and the like
+
+    @property
+    def n_bytes(self) -> int:
+        tensors = (self.w13, self.w2, *self.options.values())
+        return sum(int(tensor.nbytes) for tensor in tensors if _is_array(tensor))
+
+    def copy(self) -> _Layer:
+        options = {k: _copy(v) if _is_array(v) else v for k, v in self.options.items()}
+        return _Layer(_copy(self.w13), _copy(self.w2), options)
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, np.ndarray)
+
+
+def _layers(task: _Task) -> list[_Layer]:
     """Copies of one layer's weights, enough of them to rotate over."""
+    first = _layer(task)
+    if task.quant != "none":
+        first = _quantised(first, task.quant).copy()
+    n_copy = math.ceil(task.rotate_bytes / first.n_bytes)
+    return [first, *(first.copy() for _ in range(n_copy - 1))]
+
+
+def _quantised(layer: _Layer, quant: str) -> _Layer:
+    options = QUANTS[quant]
+    w13, w13_scale = quantise(layer.w13.astype(np.float32), quant, n_half=2, **options)
+    w2, w2_scale = quantise(layer.w2.astype(np.float32), quant, **options)
+    scales = {"w13_scale": w13_scale, "w2_scale": w2_scale}
+    return _Layer(w13, w2, {"quant": quant, **options, **scales})
+
+
+def _layer(task: _Task) -> _Layer:
     shape, dtype = task.shape, DTYPES[task.dtype]
-    n_copy = math.ceil(task.rotate_bytes / (shape.n_weight * dtype.itemsize))
     n_inter = task.contender.n_inter or shape.n_inter
     n_inter_pad = task.contender.n_inter_pad or n_inter
     w13 = _zeros((shape.n_expert, 2 * n_inter_pad, shape.n_hidden), dtype)
@@ -200,7 +247,7 @@ def _layers(task: _Task) -> list[tuple[Array, Array]]:
         half[...] = _fill(period, half.shape, shape.n_hidden**-0.5)
         period = period[::-1]
     w2[:, :, :n_inter] = _fill(period, w2[:, :, :n_inter].shape, n_inter**-0.5)
-    return [(w13, w2), *((_copy(w13), _copy(w2)) for _ in range(n_copy - 1))]
+    return _Layer(w13, w2, {})
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -246,7 +293,7 @@ class _Worker:
         _core.set_num_threads(n_thread)
         is_ours = contender.kind == OURS
         attach = _moepad(contender) if is_ours else peers.attach(contender.kind, n_thread)
-        return [attach(*layer) for layer in self.layers]
+        return [attach(layer.w13, layer.w2, **layer.options) for layer in self.layers]
 
     def start(self, n_token: int) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
         """Warms up; the first result's first tokens, and from moepad what they should be."""
@@ -259,11 +306,12 @@ class _Worker:
         if self.task.contender.kind == OURS:
             few = [tensor[:N_CHECK] for tensor in batches[0]]
             n_inter = self.task.contender.n_inter
-            expected = reference.fused_moe(few[0], *self.layers[0], *few[1:], n_inter=n_inter)
+            w13, w2, options = self.layers[0]
+            expected = reference.fused_moe(few[0], w13, w2, *few[1:], n_inter=n_inter, **options)
         calls = [bind(batch) for bind, batch in zip(binds, batches, strict=True)]
         results = [peers.as_float(call()[:N_CHECK]) for call in calls]
         self.calls = itertools.cycle(calls)
-        self.works = [_work(self.task, batch) for batch in batches]
+        self.works = [_work(self.task, self.layers[0], batch) for batch in batches]
         return results[0], expected
 
     def measure(self, seconds: float) -> _Window:
@@ -280,16 +328,25 @@ class _Worker:
         return _core.read_bandwidth(self.probe), _core.peak_flops(self.task.dtype, PROBE_SECONDS)
 
 
-def _work(task: _Task, tokens: Tokens) -> Work:
-    """At the true size, whatever the contender's tensors are padded to."""
-    itemsize = DTYPES[task.dtype].itemsize
-    return Work.of(
+def _bits(task: _Task) -> int:
+    if task.quant == "none":
+        return 8 * int(DTYPES[task.dtype].itemsize)
+    return 4 if task.quant in ("mxfp4", "int4_group") else 8
+
+
+def _work(task: _Task, layer: _Layer, tokens: Tokens) -> Work:
+    """At the true size, whatever the contender's tensors are padded to; with the scales."""
+    shape, itemsize = task.shape, DTYPES[task.dtype].itemsize
+    work = Work.of(
         tokens.ids,
-        n_hidden=task.shape.n_hidden,
-        n_inter=task.shape.n_inter,
-        weight_bits=8 * itemsize,
+        n_hidden=shape.n_hidden,
+        n_inter=shape.n_inter,
+        weight_bits=_bits(task),
         value_bytes=itemsize,
     )
+    n_scale_byte = layer.n_bytes - layer.w13.nbytes - layer.w2.nbytes
+    n_active = len(np.unique(tokens.ids))
+    return replace(work, n_bytes=work.n_bytes + n_active * n_scale_byte // shape.n_expert)
 
 
 def _serve(connection: Connection, task: _Task) -> None:
@@ -350,6 +407,7 @@ def run(
     dtype: str,
     n_token: Sequence[int],
     *,
+    quant: str = "none",
     seconds: float,
     n_thread: int,
     rotate_bytes: int = ROTATE_BYTES,
@@ -364,6 +422,8 @@ def run(
     shape : Shape
     dtype : "bf16", "f32" or "f16"
     n_token : sequence of int
+    quant : str
+        A key of `QUANTS`. No peer takes the others' weights.
     seconds : float
         Per contender and number of tokens, over `N_WINDOW` windows; a window lasts one call at
         least.
@@ -384,12 +444,12 @@ def run(
     with ExitStack() as stack:
         processes = {}
         for contender in contenders:
-            task = _Task(contender, shape, dtype, n_thread, rotate_bytes)
+            task = _Task(contender, shape, dtype, quant, n_thread, rotate_bytes)
             processes[contender] = _Process(task)
             stack.callback(processes[contender].close)
         for m in n_token:
             row = [
-                Cell(contender.name, contender.kind == OURS, shape.name, dtype, m)
+                Cell(contender.name, contender.kind == OURS, shape.name, dtype, quant, m)
                 for contender in contenders
             ]
             _measure_row(row, processes, shape, seconds, tick)

@@ -28,7 +28,7 @@ class Tokens(NamedTuple):
 
 Call = Callable[[], Any]  # runs once, returns [M, H]
 Bind = Callable[[Tokens], Call]
-Attach = Callable[[Array, Array], Bind]  # w13 [E, 2*I, H], w2 [E, H, I]
+Attach = Callable[..., Bind]  # w13 [E, 2*I, H], w2 [E, H, I]
 
 
 def _tensors(torch: Any, *arrays: Array) -> list[Any]:

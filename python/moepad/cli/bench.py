@@ -30,6 +30,7 @@ HELP = "measure moepad and its installed peers against the floor of this machine
 DEFAULTS: dict[str, Any] = {
     "shape": "qwen3-30b,q235-tp8",
     "dtype": "bf16",
+    "quant": "none",
     "m": "1,16,256",
     "seconds": 0.5,
 }
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lists = {
         "shape": f"of {', '.join(bench.SHAPES)}, or NAME:H:I:E:k",
         "dtype": "of bf16, f32, f16",
+        "quant": f"weights, of {', '.join(bench.QUANTS)}; no peers but with none",
         "m": "numbers of tokens",
     }
     for name, text in lists.items():
@@ -82,17 +84,25 @@ def run(args: argparse.Namespace) -> int:
     dtypes = [_known("--dtype", text, bench.DTYPES) for text in settings["dtype"].split(",")]
     n_tokens = [_positive("--m", text) for text in settings["m"].split(",")]
     n_thread = args.threads if args.threads is not None else _core.get_num_threads()
+    quants = [_known("--quant", text, bench.QUANTS) for text in settings["quant"].split(",")]
     contenders = _contenders(args.isa, args.peers)
-    runs = [(contenders, shape, dtype, n_tokens) for dtype in dtypes for shape in shapes]
-    padded = [shape for shape in shapes if shape.n_inter % PAD_TO][:1]
+    ours = [contender for contender in contenders if contender.kind == bench.OURS]
+    runs = [
+        (contenders if quant == "none" else ours, shape, dtype, n_tokens, quant)
+        for dtype in dtypes
+        for quant in quants
+        for shape in shapes
+    ]
+    n_main = len(runs)
+    padded = [shape for shape in shapes if shape.n_inter % PAD_TO and "none" in quants][:1]
     for shape in padded:
         n_inter_pad = -(-shape.n_inter // PAD_TO) * PAD_TO
         three = bench.padding_contenders(shape.n_inter, n_inter_pad)
-        runs.append((three, shape, dtypes[0], list(PAD_TOKENS)))
+        runs.append((three, shape, dtypes[0], list(PAD_TOKENS), "none"))
 
     facts = _facts(args.commit, n_thread, settings["seconds"])
     speed = bench.machine_speed(n_thread, dtypes)
-    n_window = bench.N_WINDOW * sum(len(which) * len(ms) for which, _, _, ms in runs)
+    n_window = bench.N_WINDOW * sum(len(which) * len(ms) for which, _, _, ms, _ in runs)
     windows = progress(range(n_window), "measuring", unit="window")
     options: dict[str, Any] = {
         "seconds": settings["seconds"],
@@ -100,11 +110,13 @@ def run(args: argparse.Namespace) -> int:
         "rotate_bytes": args.rotate << 20,
         "tick": lambda: next(windows, None),
     }
-    cells = [bench.run(*one, **options) for one in runs]
+    cells = [
+        bench.run(who, shape, dtype, ms, quant=quant, **options)
+        for who, shape, dtype, ms, quant in runs
+    ]
     next(windows, None)  # takes the bar away
     overhead = bench.call_overhead()
 
-    n_main = len(dtypes) * len(shapes)
     main = [cell for part in cells[:n_main] for cell in part]
     padding = [cell for part in cells[n_main:] for cell in part]
     if args.json:
@@ -210,14 +222,15 @@ def _speed_text(speed: dict[str, float]) -> str:
 
 
 def _main_texts(cells: Sequence[Cell]) -> list[str]:
-    """A table per element type."""
+    """A table per element type and kind of weights."""
     texts = []
-    for dtype, group in groupby(cells, lambda cell: cell.dtype):
+    for (dtype, quant), group in groupby(cells, lambda cell: (cell.dtype, cell.quant)):
         part = list(group)
         names = list(dict.fromkeys(cell.contender for cell in part))
         rows = [_main_row(list(row)) for _, row in groupby(part, lambda c: (c.shape, c.n_token))]
         columns = [f"{name} us (floor/us)" for name in names]
-        header = [f"{dtype} layer", "M", "floor us", *columns, "best peer/ours"]
+        kind = dtype if quant == "none" else f"{dtype}, {quant}"
+        header = [f"{kind} layer", "M", "floor us", *columns, "best peer/ours"]
         body = table(rows, header, "l" + "r" * (len(header) - 1))
         texts.append("\n".join([body, *_fault_lines(part)]))
     return texts
