@@ -38,7 +38,8 @@ ISA_FLAGS = {
     "csrc/cpu_avx2.c": ["-mavx2", "-mfma", "-mf16c"],
     "csrc/cpu_avx512.c": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
     "csrc/cpu_avx512bf16.c": [
-        "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mf16c",
+        "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx512vbmi",
+        "-mfma", "-mf16c",
     ],
 }  # fmt: skip
 if platform.machine() in ("x86_64", "AMD64"):

@@ -26,21 +26,22 @@ typedef struct isa {
     const char *name;
     const mpad_cpu_kernels *f32, *bf16, *f16;
     const mpad_cpu_isa_kernels *quantised; /* what has the kernels for quantised weights */
+    const mpad_cpu_pair_kernels *pairs;    /* and for those with bf16 in pairs, or NULL */
     uint64_t (*const *read)(const void *data, int64_t n_bytes);
 } isa;
 
 /* Best first on most processors: see isa_ranked. */
 static const isa ISAS[] = {
 #if defined(__x86_64__)
-    {"avx512bf16", &mpad_cpu_avx512.f32, &mpad_cpu_avx512bf16, &mpad_cpu_avx512.f16,
-     &mpad_cpu_avx512, &mpad_cpu_avx512.read},
+    {"avx512bf16", &mpad_cpu_avx512.f32, &mpad_cpu_avx512bf16.bf16, &mpad_cpu_avx512.f16,
+     &mpad_cpu_avx512, &mpad_cpu_avx512bf16, &mpad_cpu_avx512.read},
     {"avx512", &mpad_cpu_avx512.f32, &mpad_cpu_avx512.bf16, &mpad_cpu_avx512.f16, &mpad_cpu_avx512,
-     &mpad_cpu_avx512.read},
-    {"avx2", &mpad_cpu_avx2.f32, &mpad_cpu_avx2.bf16, &mpad_cpu_avx2.f16, &mpad_cpu_avx2,
+     NULL, &mpad_cpu_avx512.read},
+    {"avx2", &mpad_cpu_avx2.f32, &mpad_cpu_avx2.bf16, &mpad_cpu_avx2.f16, &mpad_cpu_avx2, NULL,
      &mpad_cpu_avx2.read},
 #endif
     {"portable", &mpad_cpu_portable.f32, &mpad_cpu_portable.bf16, &mpad_cpu_portable.f16,
-     &mpad_cpu_portable, &mpad_cpu_portable.read},
+     &mpad_cpu_portable, NULL, &mpad_cpu_portable.read},
 };
 
 enum { N_ISA = sizeof ISAS / sizeof *ISAS };
@@ -54,7 +55,8 @@ static bool isa_is_usable(const isa *set)
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
     if (!strcmp(set->name, "avx512bf16"))
-        return has_avx512 && __builtin_cpu_supports("avx512bf16");
+        return has_avx512 && __builtin_cpu_supports("avx512bf16") &&
+               __builtin_cpu_supports("avx512vbmi");
     if (!strcmp(set->name, "avx512"))
         return has_avx512;
     if (!strcmp(set->name, "avx2"))
@@ -172,6 +174,11 @@ static mpad_cpu_format format_of(const mpad_moe *moe)
 static mpad_cpu_kernels quantised_kernels(const isa *set, const mpad_moe *moe)
 {
     const mpad_cpu_isa_kernels *of = set->quantised;
+    if (set->pairs && moe->dtype == MPAD_DTYPE_BF16 && moe->input == MPAD_INPUT_NONE) {
+        mpad_cpu_kernels pairs = set->pairs->stored;
+        pairs.multiply = set->pairs->multiply_stored[format_of(moe)];
+        return pairs;
+    }
     mpad_cpu_kernels kernels = moe->dtype == MPAD_DTYPE_F32    ? of->planes_f32
                                : moe->dtype == MPAD_DTYPE_BF16 ? of->planes_bf16
                                                                : of->planes_f16;

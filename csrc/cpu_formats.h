@@ -1,9 +1,6 @@
 /* Level 8: the products of all formats of quantised weights. A kernel file includes this once,
  * after cpu_types.h, and after it has defined bytes_any_up_to, e2m1_value and i4_value for its
  * vectors. */
-#include "cpu_planes.h"
-#include "cpu_scale.h"
-
 #if VECTOR_BYTES == 64
 enum { STORED_STREAM_ROWS = 8 };
 #    define STORED_ROWS 4
@@ -11,6 +8,7 @@ enum { STORED_STREAM_ROWS = 8 };
 enum { STORED_STREAM_ROWS = 6 };
 #    define STORED_ROWS 2
 #endif
+#include "cpu_stored_stream.h"
 
 /* LANES / 2 times p[0], as often p[1]. */
 INLINE vf vf_repeat2(const float *p)
@@ -135,6 +133,29 @@ INLINE bool bytes_any_from(vu z, uint8_t first, uint8_t n)
 #define IS_SPECIAL(z) false
 #define SPECIAL_WEIGHT WEIGHT
 #include "cpu_stored.h"
+
+#define PLANES(element, dtype)                                                                     \
+    static void planes_take_##element(const mpad_cpu_rows *rows, int64_t row, const void *source)  \
+    {                                                                                              \
+        planes_take(rows, row, source, dtype);                                                     \
+    }                                                                                              \
+    static void planes_activate_##element(const mpad_cpu_activation *a)                            \
+    {                                                                                              \
+        planes_activate(a, dtype);                                                                 \
+    }
+PLANES(f32, MPAD_DTYPE_F32)
+PLANES(bf16, MPAD_DTYPE_BF16)
+PLANES(f16, MPAD_DTYPE_F16)
+#undef PLANES
+
+#define PLANE_KERNELS(element)                                                                     \
+    {                                                                                              \
+        .x_bytes = 4,                                                                              \
+        .take_row = planes_take_##element,                                                         \
+        .activate = planes_activate_##element,                                                     \
+        .give_row = give_row_##element,                                                            \
+        .spin = float_spin,                                                                        \
+    }
 
 #define STORED_KERNELS                                                                             \
     .planes_f32 = PLANE_KERNELS(f32), .planes_bf16 = PLANE_KERNELS(bf16),                          \

@@ -102,10 +102,16 @@ typedef struct mpad_cpu_isa_kernels {
     uint64_t (*read)(const void *data, int64_t n_bytes);
 } mpad_cpu_isa_kernels;
 
+/* Of one that multiplies pairs of bf16, for activations of that type. */
+typedef struct mpad_cpu_pair_kernels {
+    mpad_cpu_kernels bf16, stored; /* `stored`: for quantised weights, as above */
+    void (*multiply_stored[MPAD_CPU_FORMAT_COUNT])(const mpad_cpu_product *product);
+} mpad_cpu_pair_kernels;
+
 extern const mpad_cpu_isa_kernels mpad_cpu_portable;
 #if defined(__x86_64__)
 extern const mpad_cpu_isa_kernels mpad_cpu_avx2, mpad_cpu_avx512;
-extern const mpad_cpu_kernels mpad_cpu_avx512bf16; /* bf16 only; the rest is avx512's */
+extern const mpad_cpu_pair_kernels mpad_cpu_avx512bf16;
 #endif
 
 #endif

@@ -90,27 +90,4 @@ INLINE void planes_activate(const mpad_cpu_activation *a, const mpad_dtype dtype
     }
 }
 
-#define PLANES(element, dtype)                                                                     \
-    static void planes_take_##element(const mpad_cpu_rows *rows, int64_t row, const void *source)  \
-    {                                                                                              \
-        planes_take(rows, row, source, dtype);                                                     \
-    }                                                                                              \
-    static void planes_activate_##element(const mpad_cpu_activation *a)                            \
-    {                                                                                              \
-        planes_activate(a, dtype);                                                                 \
-    }
-PLANES(f32, MPAD_DTYPE_F32)
-PLANES(bf16, MPAD_DTYPE_BF16)
-PLANES(f16, MPAD_DTYPE_F16)
-#undef PLANES
-
-#define PLANE_KERNELS(element)                                                                     \
-    {                                                                                              \
-        .x_bytes = 4,                                                                              \
-        .take_row = planes_take_##element,                                                         \
-        .activate = planes_activate_##element,                                                     \
-        .give_row = give_row_##element,                                                            \
-        .spin = float_spin,                                                                        \
-    }
-
 #endif

@@ -40,18 +40,15 @@ INLINE vf scales_at(const void *p, mpad_dtype dtype)
     return (vf)bits;
 }
 
-/* The first of them that n_bytes hold. */
-INLINE vf scales_some(const void *p, mpad_dtype dtype, int64_t n_bytes)
-{
-    char padded[4 * LANES] = {0};
-    memcpy(padded, p, (size_t)n_bytes);
-    return scales_at(padded, dtype);
-}
-
 INLINE float scale_at(const mpad_scale *s, int64_t i)
 {
-    return s->dtype == MPAD_DTYPE_F8_E8M0 ? scales_some((const char *)s->data + i, s->dtype, 1)[0]
-                                          : float_at(s->data, s->dtype, i);
+    if (s->dtype != MPAD_DTYPE_F8_E8M0)
+        return float_at(s->data, s->dtype, i);
+    const uint32_t code = ((const uint8_t *)s->data)[i];
+    const uint32_t bits = code == 0 ? 0x400000 : code == 255 ? 0x7FC00000 : code << 23;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
 }
 
 /* Part of a row of scales: n_group groups of which n_each in turn have one scale, the first scale,
@@ -62,6 +59,8 @@ typedef struct scales_part {
 
 static scales_part scales_part_of(const mpad_scale *s, int64_t k, int64_t n_k)
 {
+    if (scale_is_per_row(s))
+        return (scales_part){.n_group = 1};
     const int64_t n_each = s->block_column / MPAD_CPU_SCALED;
     const int64_t first = (s->column_phase + k) / MPAD_CPU_SCALED;
     return (scales_part){.n_group = groups_of(n_k),
@@ -70,28 +69,61 @@ static scales_part scales_part_of(const mpad_scale *s, int64_t k, int64_t n_k)
                          .n_lead = n_each - first % n_each};
 }
 
+/* n_group scales at p as floats: vectors of them, the last one up to the end. */
+INLINE void scales_each(const char *p, const mpad_dtype dtype, const int64_t size, int64_t n_group,
+                        float *to)
+{
+    for (int64_t g = 0; g < n_group; g += LANES) {
+        g = g + LANES <= n_group ? g : n_group - LANES;
+        vf_store(to + g, scales_at(p + g * size, dtype));
+    }
+}
+
 /* A float for each group of the part of a row that begins `at` elements into the scales, then zeros
  * for one vector. Writes up to two vectors more than groups. */
 static __attribute__((noinline)) void scales_load(const mpad_scale *s, int64_t at,
                                                   const scales_part *part, float *to)
 {
-    const int64_t size = scale_bytes(s), n_group = part->n_group;
-    const char *p = (const char *)s->data + (at + part->column) * size;
-    int64_t g = 0;
-    if (part->n_each == 1) {
-        for (; g + LANES <= n_group; g += LANES)
-            vf_store(to + g, scales_at(p + g * size, s->dtype));
-        if (g < n_group)
-            vf_store(to + g, scales_some(p + g * size, s->dtype, (n_group - g) * size));
-    } else {
-        for (int64_t end = part->n_lead; g < n_group; end += part->n_each, p += size) {
+    const int64_t size = scale_bytes(s), n_group = part->n_group, first = at + part->column;
+    const char *p = (const char *)s->data + first * size;
+    if (part->n_each > 1)
+        for (int64_t g = 0, end = part->n_lead; g < n_group; end += part->n_each, p += size) {
             const vf value = vf_all(float_at(p, s->dtype, 0));
             for (; g < end; g += LANES)
                 vf_store(to + g, value);
             g = end;
         }
-    }
+    else if (n_group < LANES)
+        for (int64_t g = 0; g < n_group; g++)
+            to[g] = scale_at(s, first + g);
+    else if (s->dtype == MPAD_DTYPE_F8_E8M0)
+        scales_each(p, MPAD_DTYPE_F8_E8M0, 1, n_group, to);
+    else if (s->dtype == MPAD_DTYPE_F32)
+        scales_each(p, MPAD_DTYPE_F32, 4, n_group, to);
+    else
+        scales_each(p, s->dtype, 2, n_group, to);
     vf_store(to + n_group, (vf){0});
+}
+
+enum { PANEL_SCALES = 2 * PANEL_GROUPS / MPAD_CPU_SCALED }; /* most groups of k in a panel */
+
+/* [PANEL_SCALES][PANEL_COLUMNS] scales of columns [n, n + PANEL_COLUMNS) of a product for the
+ * groups of a part, then zeros. */
+static void scales_turn(const mpad_cpu_product *p, int64_t n, const scales_part *part, float *scale)
+{
+    const mpad_scale *s = p->w_scale;
+    memset(scale, 0, PANEL_SCALES * PANEL_COLUMNS * sizeof *scale);
+    for (int64_t c = 0; c < PANEL_COLUMNS; c++) {
+        const int64_t column = n + c < p->n_column ? n + c : p->n_column - 1;
+        const int64_t at = p->w_scale_at + scale_row(s, p->w_row + column) * s->ld_row;
+        float each[PANEL_SCALES + 2 * LANES];
+        if (scale_is_per_row(s))
+            each[0] = scale_at(s, at);
+        else
+            scales_load(s, at, part, each);
+        for (int64_t g = 0; g < part->n_group; g++)
+            scale[g * PANEL_COLUMNS + c] = each[g];
+    }
 }
 
 enum { SPAN_GROUPS = 512 }; /* of a row, as many as are held */
