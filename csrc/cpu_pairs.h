@@ -21,7 +21,6 @@
 #include <immintrin.h>
 
 enum {
-    PAIR_STREAM_ROWS = 8, /* most rows of x that stream */
     PAIR_PANEL_ROWS = 6,
     CELL_PAIRS = 16,
 };
@@ -177,15 +176,22 @@ INLINE vf lane_scales(const float *scale, const int bits)
     return __builtin_shufflevector(v, v, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
 }
 
+#define ALL_BYTES (~(__mmask64)0)
+
+INLINE __mmask64 bytes_below(int64_t n)
+{
+    return n < VECTOR_BYTES ? ((__mmask64)1 << n) - 1 : ALL_BYTES;
+}
+
 /* A step of n_column rows of w, whose values meet each vector of x while it is in a register. */
 INLINE void pair_step(const char *const *x, int64_t x_at, const char *const *w, int64_t w_at,
-                      vf (*part)[STORED_ROWS], const int n_column, const int n_row,
-                      const mpad_cpu_format format, const int bits)
+                      __mmask64 inside, vf (*part)[STORED_ROWS], const int n_column,
+                      const int n_row, const mpad_cpu_format format, const int bits)
 {
     vu values[4][4];
     UNROLLED for (int c = 0; c < n_column; c++)
     {
-        vu z = vu_load(w[c] + w_at);
+        vu z = (vu)_mm512_maskz_loadu_epi8(inside, w[c] + w_at);
         __asm__("" : "+v"(z)); /* a compiler may load it thrice, and loads are the bound */
         decode(z, format, bits, values[c]);
     }
@@ -203,14 +209,13 @@ INLINE void pair_columns(const stored_tile *t, const int first, const int n_colu
                          const bool is_grouped, const mpad_cpu_format format, const int bits,
                          vf (*sum)[STORED_ROWS])
 {
-    const char *w[4], *tail[4], *next[4], *x[STORED_ROWS];
+    const char *w[4], *next[4], *x[STORED_ROWS];
     const int64_t x_step = N_VECTOR(bits) * VECTOR_BYTES;
-    const int64_t n_step = t->n_step, n_end = n_step + (t->tail != NULL);
+    const int64_t n_step = t->n_step, n_end = n_step + (t->n_tail != 0);
     UNROLLED for (int r = 0; r < n_row; r++) x[r] = t->x[r];
     UNROLLED for (int c = 0; c < n_column; c++)
     {
         w[c] = t->w[first + c];
-        tail[c] = t->tail + (first + c) * VECTOR_BYTES;
         next[c] = t->next[first + c];
         UNROLLED for (int r = 0; r < n_row; r++) sum[c][r] = (vf){0};
     }
@@ -223,10 +228,12 @@ INLINE void pair_columns(const stored_tile *t, const int first, const int n_colu
         for (; i < stop; i++) {
             UNROLLED for (int c = 0; c < n_column; c++)
                 __builtin_prefetch(next[c] + i * VECTOR_BYTES, 0, 2);
-            pair_step(x, i * x_step, w, i * VECTOR_BYTES, part, n_column, n_row, format, bits);
+            pair_step(x, i * x_step, w, i * VECTOR_BYTES, ALL_BYTES, part, n_column, n_row, format,
+                      bits);
         }
         if (i < end && i < n_end) {
-            pair_step(x, i * x_step, tail, 0, part, n_column, n_row, format, bits);
+            pair_step(x, i * x_step, w, i * VECTOR_BYTES, bytes_below(t->n_tail), part, n_column,
+                      n_row, format, bits);
             i++;
         }
         UNROLLED for (int c = 0; c < n_column; c++)
@@ -244,7 +251,7 @@ INLINE void pair_rows(stored_tile *t, const int n_row, const bool is_grouped,
                       const mpad_cpu_format format, const int bits)
 {
     vf sum[4][STORED_ROWS];
-    const int n_column = n_row == 1 ? 4 : n_row <= 4 ? 2 : 1; /* at a time, as registers hold */
+    const int n_column = n_row == 1 ? 4 : 2; /* at a time, as registers hold */
     UNROLLED for (int first = 0; first < 4; first += n_column)
         pair_columns(t, first, n_column, n_row, is_grouped, format, bits, sum + first);
     UNROLLED for (int r = 0; r < n_row; r++) t->sum[r] =
@@ -329,7 +336,7 @@ INLINE void pair_panel_rows(const pair_panel *t, const int n_row, const int bits
             const char *x[PAIR_PANEL_ROWS];
             UNROLLED for (int r = 0; r < n_row; r++) x[r] = t->x[r] + at;
             for (int64_t c = 0; in_step == 0 && c < t->n_next; c++)
-                __builtin_prefetch(t->next + c * t->ld_next + step * VECTOR_BYTES, 0, 2);
+                __builtin_prefetch(t->next + c * t->ld_next + step * VECTOR_BYTES, 0, 3);
             panel_cell(t->w + cell * CELL_BYTES, x, part, n_row, bits);
         }
         const __m512 s0 = vf_load(scale), s1 = vf_load(scale + LANES);
@@ -358,8 +365,7 @@ INLINE void pair_panel_make(char *panel, const char *const *w, int64_t n_k,
             {
                 const char *from = w[half * LANES + c] + stored_bytes(k, bits);
                 const int64_t left = stored_bytes(n_k - k, bits);
-                lines[c] = (vf)_mm512_maskz_loadu_epi8(
-                    left < VECTOR_BYTES ? ((__mmask64)1 << left) - 1 : ~(__mmask64)0, from);
+                lines[c] = (vf)_mm512_maskz_loadu_epi8(bytes_below(left), from);
             }
             vf_transpose(lines);
             for (int g = 0; g < LANES; g++) {
@@ -440,9 +446,10 @@ static void pair_panels(const mpad_cpu_product *p, const pair_format *f)
     }
 }
 
+/* Turning w into panels costs more than streams do up to so many rows. */
 static void pairs_multiply(const mpad_cpu_product *p, const pair_format *f)
 {
-    if (p->n_row <= PAIR_STREAM_ROWS)
+    if (p->n_row <= (scale_is_per_row(p->w_scale) ? 16 : 12))
         stored_stream(p, &f->stored);
     else
         pair_panels(p, f);
@@ -478,7 +485,11 @@ RUN(8)
     static void pairs_multiply_##name(const mpad_cpu_product *p)                                   \
     {                                                                                              \
         static const pair_format format = {                                                        \
-            .stored = {.bits = bits_, .step = STEP(bits_), .unit = 1, .run = pair_run_##name},     \
+            .stored = {.bits = bits_,                                                              \
+                       .step = STEP(bits_),                                                        \
+                       .unit = 1,                                                                  \
+                       .is_masked = true,                                                          \
+                       .run = pair_run_##name},                                                    \
             .make = pair_make_##name,                                                              \
             .run = pair_panel_run_##bits_,                                                         \
         };                                                                                         \

@@ -28,16 +28,22 @@ INLINE int64_t scale_bytes(const mpad_scale *s)
 
 typedef uint8_t vq_any __attribute__((vector_size(LANES), aligned(1), may_alias));
 
-/* LANES scales at p. An e8m0 is 2^(code - 127), 255 is NaN. */
-INLINE vf scales_at(const void *p, mpad_dtype dtype)
+/* An e8m0 is 2^(code - 127), 255 is NaN. */
+INLINE vf e8m0_values(vu code)
 {
-    if (dtype != MPAD_DTYPE_F8_E8M0)
-        return values_load(p, dtype);
-    const vu code = __builtin_convertvector(__builtin_convertvector(*(const vq_any *)p, vh), vu);
     vu bits = code << 23;
     bits |= (vu)(code == 0) & 0x400000;
     bits |= (vu)(code == 255) & 0x7FC00000;
     return (vf)bits;
+}
+
+/* LANES scales at p. */
+INLINE vf scales_at(const void *p, mpad_dtype dtype)
+{
+    if (dtype != MPAD_DTYPE_F8_E8M0)
+        return values_load(p, dtype);
+    return e8m0_values(
+        __builtin_convertvector(__builtin_convertvector(*(const vq_any *)p, vh), vu));
 }
 
 INLINE float scale_at(const mpad_scale *s, int64_t i)
@@ -93,6 +99,10 @@ static __attribute__((noinline)) void scales_load(const mpad_scale *s, int64_t a
                 vf_store(to + g, value);
             g = end;
         }
+#if VECTOR_BYTES == 64
+    else if (n_group < LANES && s->dtype == MPAD_DTYPE_F8_E8M0)
+        vf_store(to, e8m0_values(bytes_some(p, n_group)));
+#endif
     else if (n_group < LANES)
         for (int64_t g = 0; g < n_group; g++)
             to[g] = scale_at(s, first + g);

@@ -10,7 +10,8 @@ typedef struct stored_tile {
     const char *x[STORED_ROWS];
     const char *w[4];
     const char *next[4]; /* of the weights wanted next, fetched at the same pace */
-    const char *tail;    /* one more step of weights, [4][VECTOR_BYTES], zero-filled; or NULL */
+    int64_t n_tail;      /* bytes of one more step of weights, after n_step */
+    const char *tail;    /* that step, [4][VECTOR_BYTES], zero-filled; NULL if none or masked */
     const float *scale[4];
     int64_t n_step;
     int64_t first_run, run; /* steps that share a scale, of each row of w; at least 1 */
@@ -20,6 +21,7 @@ typedef struct stored_tile {
 typedef struct stored_format {
     int bits, step; /* of one weight; elements of k in a step */
     float unit;     /* what sums are to be multiplied by */
+    bool is_masked; /* `run` reads the beginning of a step from where it lies */
     /* A tile's sums; with a scale per MPAD_CPU_SCALED elements of k where is_grouped. */
     void (*run)(stored_tile *tile, int n_row, bool is_grouped);
 } stored_format;
@@ -30,18 +32,22 @@ INLINE int64_t stored_bytes(int64_t n, int bits)
     return (n * bits + 7) / 8;
 }
 
-/* How many steps in turn have one scale, from group `first` of the part on; 1 where any has more.
- */
+/* How many steps in turn have one scale, from group `first` of the part on; 1 where a step has more
+ * than one. */
 INLINE void stored_runs(const scales_part *part, int64_t first, const stored_format *f,
                         stored_tile *t)
 {
     const int64_t n = f->step / MPAD_CPU_SCALED;
+    t->first_run = t->run = 1;
+    if (n == 0 || part->n_each <= n || part->n_each % n != 0)
+        return;
     const int64_t lead = first < part->n_lead
                              ? part->n_lead - first
                              : part->n_each - (first - part->n_lead) % part->n_each;
-    const bool is_whole = n > 0 && lead % n == 0 && part->n_each % n == 0;
-    t->first_run = is_whole ? lead / n : 1;
-    t->run = is_whole ? part->n_each / n : 1;
+    if (lead % n != 0)
+        return;
+    t->first_run = lead / n;
+    t->run = part->n_each / n;
 }
 
 /* Adds a tile's sums of columns [n, n + 4) to rows [i, i + n_row) of the product's sums. */
@@ -65,10 +71,11 @@ INLINE void stored_add(const mpad_cpu_product *p, const stored_tile *t, float un
 INLINE void stored_weights(const mpad_cpu_product *p, const stored_format *f, int64_t n, int64_t k,
                            int64_t n_k, int64_t ahead, char *tail, stored_tile *t)
 {
-    const int64_t n_tail = n_k % f->step, k_at = stored_bytes(k, f->bits);
+    const int64_t k_at = stored_bytes(k, f->bits);
     t->n_step = n_k / f->step;
-    t->tail = n_tail ? tail : NULL;
-    if (n_tail)
+    t->n_tail = stored_bytes(n_k % f->step, f->bits);
+    t->tail = t->n_tail && !f->is_masked ? tail : NULL;
+    if (t->tail)
         memset(tail, 0, 4 * VECTOR_BYTES);
     for (int c = 0; c < 4; c++) {
         const int64_t column = n + c < p->n_column ? n + c : p->n_column - 1;
@@ -77,9 +84,8 @@ INLINE void stored_weights(const mpad_cpu_product *p, const stored_format *f, in
         t->next[c] = beyond < 0  ? t->w[c] + ahead * p->ld_w
                      : p->next_w ? (const char *)p->next_w + beyond * p->ld_w + k_at
                                  : t->w[c];
-        if (n_tail)
-            memcpy(tail + c * VECTOR_BYTES, t->w[c] + t->n_step * VECTOR_BYTES,
-                   (size_t)stored_bytes(n_tail, f->bits));
+        if (t->tail)
+            memcpy(tail + c * VECTOR_BYTES, t->w[c] + t->n_step * VECTOR_BYTES, (size_t)t->n_tail);
     }
 }
 

@@ -48,6 +48,13 @@ INLINE v4 vf_reduce4(vf a, vf b, vf c, vf d)
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
+/* n bytes at p as lanes, then zeros; at most LANES of them. */
+INLINE vu bytes_some(const void *p, int64_t n)
+{
+    const __mmask16 inside = n >= LANES ? 0xFFFF : (__mmask16)((1u << n) - 1);
+    return (vu)_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(inside, p));
+}
+
 INLINE vf f16_load(const void *p)
 {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
