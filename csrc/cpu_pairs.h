@@ -258,10 +258,6 @@ INLINE void pair_rows(stored_tile *t, const int n_row, const bool is_grouped,
         vf_reduce4(sum[0][r], sum[1][r], sum[2][r], sum[3][r]);
 }
 
-#define EACH_FORMAT(F)                                                                             \
-    F(e4m3fn, E4M3FN, 8)                                                                           \
-    F(e4m3fnuz, E4M3FNUZ, 8) F(e5m2, E5M2, 8) F(i8, I8, 8) F(e2m1, E2M1, 4) F(i4, I4, 4)
-
 #define RUN_CASE(r, format, bits)                                                                  \
 case r:                                                                                            \
     if (is_grouped)                                                                                \
@@ -269,7 +265,7 @@ case r:                                                                         
     else                                                                                           \
         pair_rows(t, r, false, format, bits);                                                      \
     break;
-#define RUN(name, NAME, bits)                                                                      \
+#define RUN(NAME, name, bits, planes)                                                              \
     static __attribute__((noinline)) void pair_run_##name(stored_tile *t, int n_row,               \
                                                           bool is_grouped)                         \
     {                                                                                              \
@@ -284,7 +280,7 @@ case r:                                                                         
             RUN_CASE(8, MPAD_CPU_##NAME, bits)                                                     \
         }                                                                                          \
     }
-EACH_FORMAT(RUN)
+MPAD_CPU_FORMAT_LIST(RUN)
 #undef RUN
 #undef RUN_CASE
 
@@ -476,7 +472,7 @@ RUN(8)
 #undef RUN
 #undef RUN_CASE
 
-#define MULTIPLY(name, NAME, bits_)                                                                \
+#define MULTIPLY(NAME, name, bits_, planes)                                                        \
     static __attribute__((noinline)) void pair_make_##name(char *panel, const char *const *w,      \
                                                            int64_t n_k)                            \
     {                                                                                              \
@@ -495,7 +491,7 @@ RUN(8)
         };                                                                                         \
         pairs_multiply(p, &format);                                                                \
     }
-EACH_FORMAT(MULTIPLY)
+MPAD_CPU_FORMAT_LIST(MULTIPLY)
 #undef MULTIPLY
 
 #endif

@@ -234,9 +234,24 @@ def test_update_through_vllms_loader(vllm: SimpleNamespace, rng: np.random.Gener
     assert [param.data_ptr() for param in layer.experts.parameters()] == addresses
 
 
-def fp8_config(**options: Any) -> Any:
+def fp8_config(scheme: str = "dynamic", **options: Any) -> Any:
     config = pkgutil.resolve_name(f"{LAYERS}.quantization.get_quantization_config")("fp8")
-    return config(is_checkpoint_fp8_serialized=True, activation_scheme="dynamic", **options)
+    return config(is_checkpoint_fp8_serialized=True, activation_scheme=scheme, **options)
+
+
+def load_fp8(layer: Layer, stored: list[tuple[Array, Array]], scale_name: str) -> None:
+    """Values and scales of w1, w3 and w2, each by vLLM's loader."""
+    import torch
+
+    for shard_id, (values, scales) in zip(("w1", "w3", "w2"), stored, strict=True):
+        bytes_of_values = torch.from_numpy(values.view(np.uint8)).view(torch.float8_e4m3fn)
+        tensors = {"weight": bytes_of_values, scale_name: torch.from_numpy(scales)}
+        for name, of_experts in tensors.items():
+            param = getattr(layer.experts, f"{'w2' if shard_id == 'w2' else 'w13'}_{name}")
+            for expert, tensor in enumerate(of_experts):
+                full = f"experts.{expert}.{shard_id}.{name}"
+                layer.experts.weight_loader(param, tensor, full, shard_id, expert)
+    layer.experts.quant_method.process_weights_after_loading(layer.experts)
 
 
 # Columns, block, ranks, columns of the first rank. vLLM cuts the blocks smaller where a rank's
@@ -261,15 +276,7 @@ def test_block_fp8(
     assert type(layer.experts.quant_method) is vllm.adapter.MoepadFp8Method
     sides = {"quant": "fp8_block", "block": (block, block)}
     stored = [quantise(weights, **sides) for weights in make_weights(rng, n_inter)]
-    for shard_id, (values, scales) in zip(("w1", "w3", "w2"), stored, strict=True):
-        bytes_of_values = torch.from_numpy(values.view(np.uint8)).view(torch.float8_e4m3fn)
-        tensors = {"weight": bytes_of_values, "weight_scale_inv": torch.from_numpy(scales)}
-        for name, of_experts in tensors.items():
-            param = getattr(layer.experts, f"{'w2' if shard_id == 'w2' else 'w13'}_{name}")
-            for expert, tensor in enumerate(of_experts):
-                full = f"experts.{expert}.{shard_id}.{name}"
-                layer.experts.weight_loader(param, tensor, full, shard_id, expert)
-    layer.experts.quant_method.process_weights_after_loading(layer.experts)
+    load_fp8(layer, stored, "weight_scale_inv")
     (w1, s1), (w3, s3), (w2, s2) = stored
     scales = {"w13_scale": np.concatenate([s1, s3], 1), "w2_scale": s2}
     # The first rank's columns are those of a layer whose other columns of w2 are zero.
@@ -278,9 +285,22 @@ def test_block_fp8(
     assert f"n_inter={n_first} n_inter_pad={n_first} quant=fp8_block" in trace.read_text()
 
 
-def test_fp8_with_a_scale_for_each_tensor(vllm: SimpleNamespace, trace: Path) -> None:
-    layer = Layer(vllm, quant_config=fp8_config())
-    assert refused(trace, layer) == "one fp8 scale for each tensor"
+@pytest.mark.parametrize("scheme", ["dynamic", "static"])
+@pytest.mark.parametrize("n_inter", [192, 96])
+def test_fp8_with_a_scale_for_each_tensor(
+    vllm: SimpleNamespace, trace: Path, rng: np.random.Generator, n_inter: int, scheme: str
+) -> None:
+    """Of w1 and w3 each its own, which vLLM's kernels cannot take: exact, and loaded again."""
+    layer, call = Layer(vllm, n_inter, quant_config=fp8_config(scheme)), make_call(rng)
+    for _ in range(2):
+        weights = make_weights(rng, n_inter)
+        weights[1][...] *= 3
+        stored = [quantise(each, "fp8_tensor") for each in weights]
+        load_fp8(layer, stored, "weight_scale")
+        (w1, s1), (w3, s3), (w2, s2) = stored
+        scales = {"w13_scale": np.stack([s1, s3], 1), "w2_scale": s2, "quant": "fp8_tensor"}
+        check(layer(*call), call, (w1, w3, w2), **scales)
+    assert f"n_inter={n_inter} n_inter_pad={n_inter} quant=fp8_tensor" in trace.read_text()
 
 
 def test_expert_map(vllm: SimpleNamespace, rng: np.random.Generator) -> None:

@@ -1,4 +1,4 @@
-"""vLLM's plugin: its unquantised and block-scaled fp8 MoE layers run by moepad.
+"""vLLM's plugin: its unquantised and fp8 MoE layers run by moepad.
 
 vLLM finds `register` through the entry point group ``vllm.general_plugins`` and calls it in every
 process. It puts `MoepadMethod` in the place of vLLM's unquantised method, and by way of
@@ -30,6 +30,9 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8MoEMethod
+from vllm.model_executor.layers.quantization.utils.w8a8_utils import normalize_e4m3fn_to_e4m3fnuz
+from vllm.model_executor.utils import is_weights_pre_processed
+from vllm.platforms import current_platform
 
 import moepad
 from moepad.adapters import trace
@@ -150,11 +153,19 @@ class MoepadExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
         if activation is MoEActivation.SWIGLUOAI_UNINTERLEAVE:
             options["swiglu_alpha"] = self.activation_config.alpha
             options["swiglu_limit"] = self.activation_config.clamp_limit
+        options["quant"] = self._quant
         if self.block_shape is not None:
-            options["quant"] = "fp8_block"
             options["block"] = tuple(self.block_shape)
+        if self._quant != "none":
             options["w13_scale"], options["w2_scale"] = self.w1_scale, self.w2_scale
         return options
+
+    @property
+    def _quant(self) -> str:
+        """The kind of `fused_moe`."""
+        if self.w1_scale is None:
+            return "none"
+        return "fp8_tensor" if self.block_shape is None else "fp8_block"
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def apply(
@@ -198,7 +209,7 @@ class MoepadExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
             tp=(parallel.tp_rank, parallel.tp_size),
             n_inter=n_inter,
             n_inter_pad=w2.shape[2],
-            quant="none" if self.block_shape is None else "fp8_block",
+            quant=self._quant,
             device=str(hidden_states.device),
         )
 
@@ -226,17 +237,36 @@ class MoepadMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
 
 
 class MoepadFp8Method(Fp8MoEMethod):  # type: ignore[misc]
-    """vLLM's fp8 method, with moepad's kernel for the block-scaled layers moepad takes."""
+    """vLLM's fp8 method, with moepad's kernel for the layers moepad takes."""
 
     def __init__(self, quant_config: Any, layer: Any) -> None:
         super().__init__(quant_config, layer)
-        refusal = _refusal(self.moe) if self.block_quant else "one fp8 scale for each tensor"
+        refusal = _refusal(self.moe)
         if refusal is None:
             self.experts_cls = MoepadExperts
             # Whose weights and scales are row-major, and left as they were loaded.
             self.fp8_backend = Fp8MoeBackend.TRITON
         else:
             trace.refused(NAME, layer.layer_name, refusal)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """vLLM's own, but where a tensor has one scale: as they are, without activations' scales.
+
+        vLLM rounds w1 and w3 again, to one scale for both, which its kernels need.
+        """
+        is_ours = self.experts_cls is MoepadExperts
+        if not is_ours or self.block_quant or is_weights_pre_processed():
+            super().process_weights_after_loading(layer)
+            return
+        w13, w13_scale = layer.w13_weight, layer.w13_weight_scale
+        w2, w2_scale = layer.w2_weight, layer.w2_weight_scale
+        layer.w13_input_scale = layer.w2_input_scale = None
+        if current_platform.is_fp8_fnuz():
+            w13, w13_scale, _ = normalize_e4m3fn_to_e4m3fnuz(w13, w13_scale)
+            w2, w2_scale, _ = normalize_e4m3fn_to_e4m3fnuz(w2, w2_scale)
+        if not self.moe.is_act_and_mul:
+            w13_scale = w13_scale.flatten()
+        self._setup_kernel(layer, w13, w2, w13_scale, w2_scale, None, None)
 
 
 class MoepadFp8Config(Fp8Config):  # type: ignore[misc]
