@@ -126,7 +126,7 @@ static void scales_turn(const mpad_cpu_product *p, int64_t n, const scales_part 
     for (int64_t c = 0; c < PANEL_COLUMNS; c++) {
         const int64_t column = n + c < p->n_column ? n + c : p->n_column - 1;
         const int64_t at = p->w_scale_at + scale_row(s, p->w_row + column) * s->ld_row;
-        float each[PANEL_SCALES + 2 * LANES];
+        float each[PANEL_SCALES + 2 * LANES] = {0};
         if (scale_is_per_row(s))
             each[0] = scale_at(s, at);
         else

@@ -269,7 +269,6 @@ def test_block_fp8(
     n_rank: int,
     n_first: int,
 ) -> None:
-    import torch
 
     fp8 = fp8_config(weight_block_size=[block, block])
     layer, call = Layer(vllm, n_inter, quant_config=fp8, tp_size=n_rank), make_call(rng)
