@@ -22,9 +22,9 @@ import pytest
 REQUIRED = frozenset(filter(None, os.environ.get("MOEPAD_TEST_REQUIRE", "").split(",")))
 
 
-# The same examples in every run, unless they are asked for in another number: what fails, fails for
-# everyone.
-hypothesis.settings.register_profile("same", derandomize="MOEPAD_FUZZ_EXAMPLES" not in os.environ)
+# The same examples in every run: what fails, fails for everyone. `--hypothesis-profile=default`
+# draws new ones.
+hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
 
 
