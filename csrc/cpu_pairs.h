@@ -9,7 +9,8 @@
  * For few rows of x the weights go from memory through registers into products, four rows of w at a
  * time. For many, 32 rows of w are turned while still stored and become a panel, cell after cell.
  * Either way partial sums of one scale are float32, and the order of sums depends on the length
- * alone. Each function is compiled per `bits`, 4 or 8, and those that decode per format. */
+ * alone. Functions are compiled per `bits`, 4 or 8, and those that decode per way of reading a
+ * code. */
 #ifndef MPAD_CPU_PAIRS_H
 #define MPAD_CPU_PAIRS_H
 
@@ -25,7 +26,18 @@ enum {
     CELL_PAIRS = 16,
 };
 
-#define UNROLLED _Pragma("GCC unroll 16")
+/* Loops whose arrays are registers; rolled where a sanitizer checks each access, and compilers
+ * would take minutes. */
+#if defined(__SANITIZE_ADDRESS__)
+#    define UNROLLED
+#elif defined(__has_feature)
+#    if __has_feature(address_sanitizer)
+#        define UNROLLED
+#    endif
+#endif
+#ifndef UNROLLED
+#    define UNROLLED _Pragma("GCC unroll 16")
+#endif
 #define N_VECTOR(bits) (16 / (bits))
 #define STEP(bits) (32 * N_VECTOR(bits))
 #define CELLS(bits) N_VECTOR(bits)
@@ -61,24 +73,19 @@ enum {
 #define MAGNITUDES(F, G)                                                                           \
     {SIXTEEN(F, G, 0),  SIXTEEN(F, G, 16), SIXTEEN(F, G, 32), SIXTEEN(F, G, 48),                   \
      SIXTEEN(F, G, 64), SIXTEEN(F, G, 80), SIXTEEN(F, G, 96), SIXTEEN(F, G, 112)}
-#define BYTES_OF(G) {MAGNITUDES(LOW, G), MAGNITUDES(HIGH, G)}
-
 /* Of an 8-bit format: the lower and the upper byte of each magnitude's bf16. */
-static const uint8_t PAIR_BYTES[][2][128] = {
-    [MPAD_CPU_E4M3FN] = BYTES_OF(E4M3FN),
-    [MPAD_CPU_E4M3FNUZ] = BYTES_OF(E4M3FNUZ),
-    [MPAD_CPU_E5M2] = BYTES_OF(E5M2),
-    [MPAD_CPU_I8] = BYTES_OF(I8),
-};
+#define BYTES(G) {MAGNITUDES(LOW, G), MAGNITUDES(HIGH, G)}
+static const uint8_t E4M3FN_BYTES[2][128] = BYTES(E4M3FN), E4M3FNUZ_BYTES[2][128] = BYTES(E4M3FNUZ);
+static const uint8_t E5M2_BYTES[2][128] = BYTES(E5M2), I8_BYTES[2][128] = BYTES(I8);
 
-#define TWICE(...) {__VA_ARGS__, __VA_ARGS__}
 /* Of a 4-bit format: each code's bf16, twice, since a lookup takes five bits. */
-static const uint16_t PAIR_WORDS[][32] = {
-    [MPAD_CPU_E2M1] = TWICE(0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0, 0x8000,
-                            0xBF00, 0xBF80, 0xBFC0, 0xC000, 0xC040, 0xC080, 0xC0C0),
-    [MPAD_CPU_I4] = TWICE(0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0x0000,
-                          0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0),
-};
+#define TWICE(...) {__VA_ARGS__, __VA_ARGS__}
+static const uint16_t E2M1_WORDS[32] =
+    TWICE(0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0, 0x8000, 0xBF00, 0xBF80,
+          0xBFC0, 0xC000, 0xC040, 0xC080, 0xC0C0);
+static const uint16_t I4_WORDS[32] =
+    TWICE(0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0x0000, 0x3F80, 0x4000,
+          0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0);
 
 /* a where the mask's bits are set, else b. */
 INLINE __m512i bits_select(__m512i mask, __m512i a, __m512i b)
@@ -86,17 +93,34 @@ INLINE __m512i bits_select(__m512i mask, __m512i a, __m512i b)
     return _mm512_ternarylogic_epi64(mask, a, b, 0xCA);
 }
 
-INLINE void decode_bytes(__m512i z, const mpad_cpu_format format, __m512i *w)
+/* How bytes are read: a sign and a magnitude, of which minus 0 may stand for NaN, or an integer. */
+typedef enum pair_code { CODE_SIGNED, CODE_NAN_80, CODE_INTEGER, CODE_NIBBLES } pair_code;
+
+/* A format's tables in registers. */
+typedef struct pair_values {
+    __m512i low[2], high[2]; /* low[0] alone for nibbles */
+} pair_values;
+
+INLINE pair_values values_of(const void *table, const int bits)
 {
-    const uint8_t (*table)[128] = PAIR_BYTES[format];
-    const __m512i code = format == MPAD_CPU_I8 ? _mm512_abs_epi8(z) : z;
-    __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(table[0]), code,
-                                           _mm512_loadu_si512(table[0] + 64));
-    __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(table[1]), code,
-                                            _mm512_loadu_si512(table[1] + 64));
+    const char *p = table;
+    pair_values v = {.low = {_mm512_loadu_si512(p)}};
+    if (bits == 8) {
+        v.low[1] = _mm512_loadu_si512(p + 64);
+        v.high[0] = _mm512_loadu_si512(p + 128);
+        v.high[1] = _mm512_loadu_si512(p + 192);
+    }
+    return v;
+}
+
+INLINE void decode_bytes(__m512i z, const pair_values *v, const pair_code code, __m512i *w)
+{
+    const __m512i at = code == CODE_INTEGER ? _mm512_abs_epi8(z) : z;
+    __m512i low = _mm512_permutex2var_epi8(v->low[0], at, v->low[1]);
+    __m512i high = _mm512_permutex2var_epi8(v->high[0], at, v->high[1]);
     high = _mm512_ternarylogic_epi64(high, z, _mm512_set1_epi8((char)0x80), 0xF8); /* the sign */
-    if (format == MPAD_CPU_E4M3FNUZ || format == MPAD_CPU_I8) { /* 0x80: NaN, or -128 */
-        const bool is_nan = format == MPAD_CPU_E4M3FNUZ;
+    if (code != CODE_SIGNED) { /* 0x80: NaN, or -128 */
+        const bool is_nan = code == CODE_NAN_80;
         const __mmask64 is_80 = _mm512_cmpeq_epi8_mask(z, _mm512_set1_epi8((char)0x80));
         high = _mm512_mask_mov_epi8(high, is_80, _mm512_set1_epi8((char)(is_nan ? 0x7F : 0xC3)));
         if (is_nan)
@@ -107,21 +131,18 @@ INLINE void decode_bytes(__m512i z, const mpad_cpu_format format, __m512i *w)
     w[1] = bits_select(low_byte, _mm512_srli_epi16(low, 8), high);
 }
 
-INLINE void decode_nibbles(__m512i z, const mpad_cpu_format format, __m512i *w)
+INLINE void decode(vu stored, const pair_values *v, const pair_code code, vu *values)
 {
-    const __m512i table = _mm512_loadu_si512(PAIR_WORDS[format]);
-    w[0] = _mm512_permutexvar_epi16(z, table);
-    w[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(z, 4), table);
-    w[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(z, 8), table);
-    w[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(z, 12), table);
-}
-
-INLINE void decode(vu z, const mpad_cpu_format format, const int bits, vu *w)
-{
-    if (bits == 8)
-        decode_bytes((__m512i)z, format, (__m512i *)w);
-    else
-        decode_nibbles((__m512i)z, format, (__m512i *)w);
+    const __m512i z = (__m512i)stored;
+    __m512i *w = (__m512i *)values;
+    if (code != CODE_NIBBLES) {
+        decode_bytes(z, v, code, w);
+        return;
+    }
+    w[0] = _mm512_permutexvar_epi16(z, v->low[0]);
+    w[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(z, 4), v->low[0]);
+    w[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(z, 8), v->low[0]);
+    w[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(z, 12), v->low[0]);
 }
 
 /* ---- rows of x ---- */
@@ -186,14 +207,14 @@ INLINE __mmask64 bytes_below(int64_t n)
 /* A step of n_column rows of w, whose values meet each vector of x while it is in a register. */
 INLINE void pair_step(const char *const *x, int64_t x_at, const char *const *w, int64_t w_at,
                       __mmask64 inside, vf (*part)[STORED_ROWS], const int n_column,
-                      const int n_row, const mpad_cpu_format format, const int bits)
+                      const int n_row, const pair_values *v, const pair_code code, const int bits)
 {
     vu values[4][4];
     UNROLLED for (int c = 0; c < n_column; c++)
     {
         vu z = (vu)_mm512_maskz_loadu_epi8(inside, w[c] + w_at);
         __asm__("" : "+v"(z)); /* a compiler may load it thrice, and loads are the bound */
-        decode(z, format, bits, values[c]);
+        decode(z, v, code, values[c]);
     }
     UNROLLED for (int r = 0; r < n_row; r++) UNROLLED for (int j = 0; j < N_VECTOR(bits); j++)
     {
@@ -206,8 +227,8 @@ INLINE void pair_step(const char *const *x, int64_t x_at, const char *const *w, 
 
 /* Rows [first, first + n_column) of the tile's four. */
 INLINE void pair_columns(const stored_tile *t, const int first, const int n_column, const int n_row,
-                         const bool is_grouped, const mpad_cpu_format format, const int bits,
-                         vf (*sum)[STORED_ROWS])
+                         const bool is_grouped, const pair_values *v, const pair_code code,
+                         const int bits, vf (*sum)[STORED_ROWS])
 {
     const char *w[4], *next[4], *x[STORED_ROWS];
     const int64_t x_step = N_VECTOR(bits) * VECTOR_BYTES;
@@ -228,12 +249,12 @@ INLINE void pair_columns(const stored_tile *t, const int first, const int n_colu
         for (; i < stop; i++) {
             UNROLLED for (int c = 0; c < n_column; c++)
                 __builtin_prefetch(next[c] + i * VECTOR_BYTES, 0, 2);
-            pair_step(x, i * x_step, w, i * VECTOR_BYTES, ALL_BYTES, part, n_column, n_row, format,
+            pair_step(x, i * x_step, w, i * VECTOR_BYTES, ALL_BYTES, part, n_column, n_row, v, code,
                       bits);
         }
         if (i < end && i < n_end) {
             pair_step(x, i * x_step, w, i * VECTOR_BYTES, bytes_below(t->n_tail), part, n_column,
-                      n_row, format, bits);
+                      n_row, v, code, bits);
             i++;
         }
         UNROLLED for (int c = 0; c < n_column; c++)
@@ -247,40 +268,44 @@ INLINE void pair_columns(const stored_tile *t, const int first, const int n_colu
     }
 }
 
-INLINE void pair_rows(stored_tile *t, const int n_row, const bool is_grouped,
-                      const mpad_cpu_format format, const int bits)
+INLINE void pair_rows(stored_tile *t, const int n_row, const bool is_grouped, const pair_code code,
+                      const int bits)
 {
     vf sum[4][STORED_ROWS];
+    const pair_values values = values_of(t->values, bits);
     const int n_column = n_row == 1 ? 4 : 2; /* at a time, as registers hold */
     UNROLLED for (int first = 0; first < 4; first += n_column)
-        pair_columns(t, first, n_column, n_row, is_grouped, format, bits, sum + first);
+        pair_columns(t, first, n_column, n_row, is_grouped, &values, code, bits, sum + first);
     UNROLLED for (int r = 0; r < n_row; r++) t->sum[r] =
         vf_reduce4(sum[0][r], sum[1][r], sum[2][r], sum[3][r]);
 }
 
-#define RUN_CASE(r, format, bits)                                                                  \
+#define RUN_CASE(r, code, bits)                                                                    \
 case r:                                                                                            \
     if (is_grouped)                                                                                \
-        pair_rows(t, r, true, format, bits);                                                       \
+        pair_rows(t, r, true, code, bits);                                                         \
     else                                                                                           \
-        pair_rows(t, r, false, format, bits);                                                      \
+        pair_rows(t, r, false, code, bits);                                                        \
     break;
-#define RUN(NAME, name, bits, planes)                                                              \
+#define RUN(name, code, bits)                                                                      \
     static __attribute__((noinline)) void pair_run_##name(stored_tile *t, int n_row,               \
                                                           bool is_grouped)                         \
     {                                                                                              \
         switch (n_row) {                                                                           \
-            RUN_CASE(1, MPAD_CPU_##NAME, bits)                                                     \
-            RUN_CASE(2, MPAD_CPU_##NAME, bits)                                                     \
-            RUN_CASE(3, MPAD_CPU_##NAME, bits)                                                     \
-            RUN_CASE(4, MPAD_CPU_##NAME, bits)                                                     \
-            RUN_CASE(5, MPAD_CPU_##NAME, bits)                                                     \
-            RUN_CASE(6, MPAD_CPU_##NAME, bits)                                                     \
-            RUN_CASE(7, MPAD_CPU_##NAME, bits)                                                     \
-            RUN_CASE(8, MPAD_CPU_##NAME, bits)                                                     \
+            RUN_CASE(1, code, bits)                                                                \
+            RUN_CASE(2, code, bits)                                                                \
+            RUN_CASE(3, code, bits)                                                                \
+            RUN_CASE(4, code, bits)                                                                \
+            RUN_CASE(5, code, bits)                                                                \
+            RUN_CASE(6, code, bits)                                                                \
+            RUN_CASE(7, code, bits)                                                                \
+            RUN_CASE(8, code, bits)                                                                \
         }                                                                                          \
     }
-MPAD_CPU_FORMAT_LIST(RUN)
+RUN(signed, CODE_SIGNED, 8)
+RUN(nan_80, CODE_NAN_80, 8)
+RUN(integer, CODE_INTEGER, 8)
+RUN(nibbles, CODE_NIBBLES, 4)
 #undef RUN
 #undef RUN_CASE
 
@@ -350,8 +375,8 @@ INLINE void pair_panel_rows(const pair_panel *t, const int n_row, const int bits
 }
 
 /* Makes the panel of the columns whose weights lie at w[], n_k elements from there on. */
-INLINE void pair_panel_make(char *panel, const char *const *w, int64_t n_k,
-                            const mpad_cpu_format format, const int bits)
+INLINE void pair_panel_make(char *panel, const char *const *w, int64_t n_k, const pair_values *v,
+                            const pair_code code, const int bits)
 {
     for (int64_t k = 0; k < n_k; k += STEP(bits))
         UNROLLED for (int half = 0; half < 2; half++)
@@ -367,7 +392,7 @@ INLINE void pair_panel_make(char *panel, const char *const *w, int64_t n_k,
             for (int g = 0; g < LANES; g++) {
                 const int cell = g / CELL_LANES(bits), lane = g % CELL_LANES(bits);
                 vu values[4];
-                decode((vu)lines[g], format, bits, values);
+                decode((vu)lines[g], v, code, values);
                 UNROLLED for (int j = 0; j < N_VECTOR(bits); j++)
                 {
                     const int pair = cell * CELL_PAIRS + j * CELL_LANES(bits) + lane;
@@ -381,7 +406,7 @@ INLINE void pair_panel_make(char *panel, const char *const *w, int64_t n_k,
 
 typedef struct pair_format {
     stored_format stored;
-    void (*make)(char *panel, const char *const *w, int64_t n_k);
+    void (*make)(char *panel, const char *const *w, int64_t n_k, const void *values);
     void (*run)(const pair_panel *t, int n_row);
 } pair_format;
 
@@ -432,7 +457,7 @@ static void pair_panels(const mpad_cpu_product *p, const pair_format *f)
             for (int64_t c = 0; c < PANEL_COLUMNS; c++)
                 columns[c] = w + (n + c < p->n_column ? n + c : p->n_column - 1) * p->ld_w;
             scales_turn(p, n, &part, scale);
-            f->make(panel, columns, n_here);
+            f->make(panel, columns, n_here, f->stored.values);
             t.next = n + PANEL_COLUMNS < p->n_column ? w + (n + PANEL_COLUMNS) * p->ld_w
                      : k + n_here < x->n_k           ? w + stored_bytes(n_here, bits)
                      : p->next_w                     ? p->next_w
@@ -472,26 +497,40 @@ RUN(8)
 #undef RUN
 #undef RUN_CASE
 
-#define MULTIPLY(NAME, name, bits_, planes)                                                        \
+#define MAKE(name, code, bits)                                                                     \
     static __attribute__((noinline)) void pair_make_##name(char *panel, const char *const *w,      \
-                                                           int64_t n_k)                            \
+                                                           int64_t n_k, const void *values)        \
     {                                                                                              \
-        pair_panel_make(panel, w, n_k, MPAD_CPU_##NAME, bits_);                                    \
-    }                                                                                              \
+        const pair_values v = values_of(values, bits);                                             \
+        pair_panel_make(panel, w, n_k, &v, code, bits);                                            \
+    }
+MAKE(signed, CODE_SIGNED, 8)
+MAKE(nan_80, CODE_NAN_80, 8)
+MAKE(integer, CODE_INTEGER, 8)
+MAKE(nibbles, CODE_NIBBLES, 4)
+#undef MAKE
+
+#define MULTIPLY(name, code, bits_, table)                                                         \
     static void pairs_multiply_##name(const mpad_cpu_product *p)                                   \
     {                                                                                              \
         static const pair_format format = {                                                        \
             .stored = {.bits = bits_,                                                              \
                        .step = STEP(bits_),                                                        \
+                       .values = table,                                                            \
                        .unit = 1,                                                                  \
                        .is_masked = true,                                                          \
-                       .run = pair_run_##name},                                                    \
-            .make = pair_make_##name,                                                              \
+                       .run = pair_run_##code},                                                    \
+            .make = pair_make_##code,                                                              \
             .run = pair_panel_run_##bits_,                                                         \
         };                                                                                         \
         pairs_multiply(p, &format);                                                                \
     }
-MPAD_CPU_FORMAT_LIST(MULTIPLY)
+MULTIPLY(e4m3fn, signed, 8, E4M3FN_BYTES)
+MULTIPLY(e4m3fnuz, nan_80, 8, E4M3FNUZ_BYTES)
+MULTIPLY(e5m2, signed, 8, E5M2_BYTES)
+MULTIPLY(i8, integer, 8, I8_BYTES)
+MULTIPLY(e2m1, nibbles, 4, E2M1_WORDS)
+MULTIPLY(i4, nibbles, 4, I4_WORDS)
 #undef MULTIPLY
 
 #endif

@@ -13,15 +13,17 @@ typedef struct stored_tile {
     int64_t n_tail;      /* bytes of one more step of weights, after n_step */
     const char *tail;    /* that step, [4][VECTOR_BYTES], zero-filled; NULL if none or masked */
     const float *scale[4];
+    const void *values; /* of the format */
     int64_t n_step;
     int64_t first_run, run; /* steps that share a scale, of each row of w; at least 1 */
     v4 sum[STORED_ROWS];
 } stored_tile;
 
 typedef struct stored_format {
-    int bits, step; /* of one weight; elements of k in a step */
-    float unit;     /* what sums are to be multiplied by */
-    bool is_masked; /* `run` reads the beginning of a step from where it lies */
+    int bits, step;     /* of one weight; elements of k in a step */
+    const void *values; /* for `run`, what it may need */
+    float unit;         /* what sums are to be multiplied by */
+    bool is_masked;     /* `run` reads the beginning of a step from where it lies */
     /* A tile's sums; with a scale per MPAD_CPU_SCALED elements of k where is_grouped. */
     void (*run)(stored_tile *tile, int n_row, bool is_grouped);
 } stored_format;
@@ -102,7 +104,7 @@ static void stored_span(const mpad_cpu_product *p, const stored_format *f, int64
     const int64_t k_first = block * x->k_block;
     char tail[4 * VECTOR_BYTES] __attribute__((aligned(64)));
     scales_held held;
-    stored_tile t;
+    stored_tile t = {.values = f->values, .first_run = 1, .run = 1};
     if (is_grouped)
         scales_begin(p, k_first,
                      x->n_k - k_first < last * x->k_block - k_first ? x->n_k - k_first
