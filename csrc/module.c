@@ -1165,7 +1165,8 @@ static PyObject *gpu_export(PyObject *module, PyObject *args)
     return capsule ? capsule : raise_status(state_of(module), &status);
 }
 
-static PyObject *gpu_staging(PyObject *module, PyObject *args)
+/* The GPU that two integers name; NULL with an exception set. */
+static mpad_gpu *take_gpu(PyObject *module, PyObject *args)
 {
     mpad_status status;
     mpad_device device;
@@ -1173,27 +1174,31 @@ static PyObject *gpu_staging(PyObject *module, PyObject *args)
     int device_type, index;
     if (!PyArg_ParseTuple(args, "ii", &device_type, &index))
         return NULL;
-    PyObject *staging = NULL;
     if (find_gpu(device_type, index, &device, &gpu, &status) == MPAD_OK)
-        staging = mpad_memory_staging_new(gpu, &status);
+        return gpu;
+    raise_status(state_of(module), &status);
+    return NULL;
+}
+
+static PyObject *gpu_staging(PyObject *module, PyObject *args)
+{
+    mpad_status status;
+    mpad_gpu *gpu = take_gpu(module, args);
+    if (!gpu)
+        return NULL;
+    PyObject *staging = mpad_memory_staging_new(gpu, &status);
     return staging ? staging : raise_status(state_of(module), &status);
 }
 
 static PyObject *gpu_settle(PyObject *module, PyObject *args)
 {
     mpad_status status;
-    mpad_device device;
-    mpad_gpu *gpu;
-    int device_type, index;
-    if (!PyArg_ParseTuple(args, "ii", &device_type, &index))
+    mpad_code code;
+    mpad_gpu *gpu = take_gpu(module, args);
+    if (!gpu)
         return NULL;
-    mpad_code code = find_gpu(device_type, index, &device, &gpu, &status);
-    if (code == MPAD_OK) {
-        Py_BEGIN_ALLOW_THREADS code = mpad_gpu_settle(gpu, &status);
-        Py_END_ALLOW_THREADS
-    }
-    if (code != MPAD_OK)
-        return raise_status(state_of(module), &status);
+    Py_BEGIN_ALLOW_THREADS code = mpad_gpu_settle(gpu, &status);
+    Py_END_ALLOW_THREADS if (code != MPAD_OK) return raise_status(state_of(module), &status);
     Py_RETURN_NONE;
 }
 

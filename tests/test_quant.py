@@ -67,11 +67,10 @@ def test_equals_reference(case: Case, isas: Isas) -> None:
         assert before == {name: tensor.tobytes() for name, tensor in call.tensors().items()}
 
 
-@EACH_CASE
+# A strided case's tensors are views into poison already.
+@pytest.mark.parametrize("case", params([case for case in QUANTISED if not case.is_strided]))
 def test_pads_do_not_matter(case: Case, isas: Isas) -> None:
     """What is beyond the true sizes, scales included, holds NaN or faults when it is read."""
-    if case.is_strided:
-        pytest.skip("its tensors are views into poison already")
     call = build(case, case.dtypes[0])
     to = -(-(case.n_inter + 1) // 128) * 128
     wide = case.n_hidden + 34
