@@ -7,6 +7,7 @@ import glob
 import os
 import platform
 import shlex
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy
 from setuptools import Extension, setup
@@ -43,7 +44,7 @@ ISA_FLAGS = {
     ],
 }  # fmt: skip
 if platform.machine() in ("x86_64", "AMD64"):
-    SOURCES += ISA_FLAGS
+    SOURCES = [*ISA_FLAGS, *SOURCES]  # what takes longest first
 
 SHARED_WITH_KERNELS = ["csrc/gpu_args.h", "csrc/variants.def"]
 
@@ -51,15 +52,28 @@ CFLAGS = ["-std=c11", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-co
 
 
 class BuildExt(build_ext):
-    """build_ext with flags of their own for the sources of ISA_FLAGS."""
+    """build_ext, a source per processor at a time, with flags of ISA_FLAGS for some."""
 
     def build_extensions(self) -> None:
-        compile_one = self.compiler._compile
+        compile_all, compile_one = self.compiler.compile, self.compiler._compile
 
         def compile_for_isa(obj, src, ext, cc_args, extra_postargs, pp_opts):
             compile_one(obj, src, ext, cc_args, extra_postargs + ISA_FLAGS.get(src, []), pp_opts)
 
-        self.compiler._compile = compile_for_isa
+        def compile_at_once(*args, **options):
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                jobs = []
+
+                def submit(*job):
+                    jobs.append(pool.submit(compile_for_isa, *job))
+
+                self.compiler._compile = submit
+                objects = compile_all(*args, **options)
+            for job in jobs:
+                job.result()
+            return objects
+
+        self.compiler.compile = compile_at_once
         super().build_extensions()
 
 
