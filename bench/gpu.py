@@ -157,18 +157,35 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+# With activations quantised too: the scales of a block begin at a phase.
+CODED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("fp8_tensor", {}, {"quant_activations": "fp8"}),
+    ("fp8_channel", {"dtype": "f8_e5m2"}, {"quant_activations": "fp8"}),
+    ("fp8_channel", {"dtype": "f8_e4m3fnuz"}, {"quant_activations": "fp8"}),
+    ("fp8_block", {"block": (128, 128)}, {"quant_activations": "fp8"}),
+    ("fp8_block", {"block": (128, 128)}, {"quant_activations": "fp8", "scale_phase": 64}),
+    ("fp8_block", {"block": (64, 256)}, {"quant_activations": "fp8", "scale_phase": 128}),
+    ("fp8_block", {"block": (32, 64)}, {"quant_activations": "fp8", "scale_phase": 32}),
+    ("int8_channel", {}, {"quant_activations": "int8"}),
+]
+SIZES = [(1, 4, 256, 96), (40, 16, 264, 88), (80, 16, 512, 96), (300, 4, 264, 70)]
+CODED_SIZES = [(1, 4, 256, 96), (40, 16, 264, 88), (700, 8, 512, 192), (1500, 4, 272, 336)]
+
+
 def check_quant() -> list[str]:
     """Every kind of quantisation in every regime."""
-    faults = []
+    faults, n = [], 0
     rng = np.random.default_rng(0)
-    for quant, more in KINDS:
-        sizes = [(1, 4, 256, 96), (40, 16, 264, 88), (80, 16, 512, 96), (300, 4, 264, 70)]
+    table = [(*kind, {}, SIZES) for kind in KINDS] + [(*kind, CODED_SIZES) for kind in CODED]
+    for quant, more, options, sizes in table:
+        phase = options.get("scale_phase", 0)
         for n_token, n_expert, n_hidden, n_inter in sizes:
+            n += 1
             shape = (n_expert, 2 * n_inter, n_hidden)
             w13 = rng.standard_normal(shape, np.float32) / n_hidden**0.5
             w2 = rng.standard_normal((n_expert, n_hidden, n_inter), np.float32) / n_inter**0.5
-            stored13, scale13 = quantise(w13, quant, n_half=2, **more)
-            stored2, scale2 = quantise(w2, quant, **more)
+            stored13, scale13 = quantise(w13, quant, n_half=2, row_phase=phase, **more)
+            stored2, scale2 = quantise(w2, quant, column_phase=phase, **more)
             hidden = rng.standard_normal((n_token, n_hidden), np.float32)
             call = {
                 "hidden_states": hidden.astype(ml_dtypes.bfloat16),
@@ -177,9 +194,9 @@ def check_quant() -> list[str]:
                 "topk_ids": rng.integers(0, n_expert, (n_token, 2)).astype(np.int32),
                 "quant": quant, "n_inter": n_inter,
             }  # fmt: skip
-            call |= {"block": more["block"]} if "block" in more else {}
+            call |= options | ({"block": more["block"]} if "block" in more else {})
             there = {name: to_device(value) for name, value in call.items()}
-            name = f"{quant} {more} {n_token} tokens"
+            name = f"{quant} {more} {options} {n_token} tokens"
             try:
                 out = moepad.fused_moe(
                     **there, out=torch.empty_like(there["hidden_states"]), stream=stream()
@@ -188,7 +205,7 @@ def check_quant() -> list[str]:
                 check_close(to_host(out, call["hidden_states"].dtype), right, naive[None])
             except (AssertionError, RuntimeError, ValueError, TypeError) as error:
                 faults.append(f"{name}: {type(error).__name__} {str(error).splitlines()[:1]}")
-    print(f"{len(KINDS) * 4 - len(faults)} of {len(KINDS) * 4} quantised calls right")
+    print(f"{n - len(faults)} of {n} quantised calls right")
     return faults
 
 
@@ -239,7 +256,8 @@ class Layer:
     """Copies of one layer's weights, and calls that take them in turn."""
 
     def __init__(self, shape: Shape, n_copy: int = 0, quant: str = "none", n_inter_pad: int = 0):
-        self.shape, self.quant = shape, quant
+        self.shape = shape
+        self.quant, _, self.coded = quant.partition("+")
         self.n_inter_pad = n_inter_pad or shape.n_inter
         n_weight = 3 * shape.n_expert * self.n_inter_pad * shape.n_hidden * self.bits // 8
         n_copy = n_copy or min(max(2, ROTATE_BYTES // n_weight), MAX_COPIES)
@@ -277,6 +295,8 @@ class Layer:
             if self.bits == 8:  # no NaN, no large exponents
                 codes = codes % 64 + codes // 64 % 2 * 128
             codes = codes.to(torch.uint8)
+            if self.quant == "int8_channel":
+                return codes.view(torch.int8)
             return codes if self.bits == 4 else codes.view(torch.float8_e4m3fn)
 
         def scale(shape: tuple[int, ...]) -> torch.Tensor:
@@ -299,7 +319,8 @@ class Layer:
         )
         self.ids = list(order.topk(s.n_topk, 2).indices.int())
         self.hidden, self.weights, self.out = hidden, weights, torch.empty_like(hidden)
-        options = {"n_inter": s.n_inter}
+        options: dict[str, Any] = {"n_inter": s.n_inter}
+        options |= {"quant_activations": self.coded} if self.coded else {}
         named = {"topk_weights": weights, "topk_ids": self.ids[0], **options}
         size = moepad.workspace_nbytes(hidden, **named,
                                        **self.copies[0])  # fmt: skip
@@ -341,6 +362,7 @@ class Layer:
                     weight_bits=self.bits, value_bytes=2)
             for ids in self.ids
         ]  # fmt: skip
+        peak *= 2 if self.coded else 1
         return 1e6 * statistics.fmean(work.seconds(bandwidth, peak) for work in works)
 
 
@@ -382,7 +404,7 @@ def time_shapes(options: argparse.Namespace) -> list[dict[str, Any]]:
         call(0)
         result = layer.out.clone()
         row["floor"] = layer.floor(speed["copy"], speed["peak"])
-        if options.kernels and label == "bf16":
+        if options.kernels:
             row["kernels"] = kernels(call, n)
         if label == "bf16" and options.peer:
             row["grouped_mm"] = microseconds(layer.grouped(), n)
@@ -419,7 +441,8 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", default=PARTS, choices=PARTS)
     parser.add_argument("--shapes", type=lambda s: s.split(","), default=list(SHAPES))
     parser.add_argument("--tokens", type=lambda s: [int(m) for m in s.split(",")], default=TOKENS)
-    parser.add_argument("--quant", type=lambda s: [q for q in s.split(",") if q], default=[])
+    parser.add_argument("--quant", type=lambda s: [q for q in s.split(",") if q], default=[],
+                        help="kinds of weights, and after a + of activations")  # fmt: skip
     parser.add_argument("--kernels", action="store_true", help="time of each kernel too")
     parser.add_argument("--peer", action="store_true", help="PyTorch's grouped products too")
     parser.add_argument("--padded", action="store_true", help="physically padded with NaN too")

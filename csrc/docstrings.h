@@ -153,7 +153,7 @@ static const char fused_moe_doc[] =
     "    dtype of `hidden_states`. 'fp8', with 'fp8_tensor', 'fp8_channel' and 'fp8_block': "
     "float8\n"
     "    e4m3, fnuz where the weights are. 'int8', with 'int8_channel'. A row has one scale, with\n"
-    "    'fp8_block' one for each bk columns. On a GPU: 'none'.\n"
+    "    'fp8_block' one for each bk columns. On RDNA GPUs: 'none'.\n"
     "x_scale, h_scale : tensor, (1,), optional\n"
     "    float32: fixed scales of x and of h, as checkpoints have them, in place of those made of\n"
     "    each row's values.\n"

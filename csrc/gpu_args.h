@@ -11,16 +11,19 @@
 #    define MPAD_SHARED_FN static inline /* the device defines it as an inlined device function */
 #endif
 
-/* The parts of the kernels: an element type and the bits of a stored weight, those of the type or
- * fewer. Each is an image of its own, so that a first use compiles what it needs. Numbers for the
- * preprocessor; the order is that of mpad_gpu_part_name. */
+/* The parts of the kernels: an element type, the bits of a stored weight, those of the type or
+ * fewer, and those of x where it is rounded to codes. Each is an image of its own, so that a first
+ * use compiles what it needs. Numbers for the preprocessor; the order is that of
+ * mpad_gpu_part_name. */
 #define MPAD_PART_BF16 0
 #define MPAD_PART_F16 1
 #define MPAD_PART_BF16_W8 2
 #define MPAD_PART_F16_W8 3
 #define MPAD_PART_BF16_W4 4
 #define MPAD_PART_F16_W4 5
-enum { MPAD_PART_COUNT = 6 };
+#define MPAD_PART_BF16_W8X8 6
+#define MPAD_PART_F16_W8X8 7
+enum { MPAD_PART_COUNT = 8 };
 
 /* Element codes of arrays whose type is read at run time. */
 enum { MPAD_GPU_F32, MPAD_GPU_BF16, MPAD_GPU_F16, MPAD_GPU_I32, MPAD_GPU_I64, MPAD_GPU_E8M0 };
@@ -52,6 +55,24 @@ typedef struct mpad_gpu_stored_float {
     unsigned special;                                /* of T, once */
 } mpad_gpu_stored_float;
 
+/* Rows of x or of h as they are multiplied where params.h's mpad_input says so: codes, and a scale
+ * for each run of columns of a row that share one. Column k's scale is scale[row * n_group +
+ * ((phase + k) >> group_log2)]. */
+typedef struct mpad_gpu_codes {
+    void *code;         /* [n_row, ld] T, or bytes */
+    float *scale;       /* [n_row, n_group] */
+    const float *fixed; /* the scale of all; 0: scales come from the values */
+    long long ld;
+    int n_group, group_log2, phase;
+    int n_lane, lane_log2; /* threads that make a run's codes */
+} mpad_gpu_codes;
+
+/* Column tiles of a job that a block of a warpgroup kernel takes, and whether they share the job's
+ * rows of tokens in LDS. */
+typedef struct mpad_gpu_tile_run {
+    int n_tile, is_token_shared;
+} mpad_gpu_tile_run;
+
 typedef struct mpad_gpu_args {
     const void *hidden; /* [n_token, n_hidden] T */
     void *out;          /* [n_token_pad, n_hidden_pad] T; may be hidden */
@@ -66,10 +87,10 @@ typedef struct mpad_gpu_args {
 
     /* Workspace. Position: index into the pairs (token * n_topk + slot) sorted by expert, stable.
      */
-    void *inter;        /* [n_pair, ld_inter] T: act(W13 x), by position */
-    void *route;        /* [n_pair, ld_route] T: weighted slot results, by position; tile regime */
-    int *perm;          /* [n_pair]: position to pair */
-    int *slot;          /* [n_token, n_topk]: positions of a token's slots, ascending, then -1 */
+    void *inter; /* [n_pair, ld_inter] T: act(W13 x), by position; float if it becomes codes */
+    void *route; /* [n_pair, ld_route] T: weighted slot results, by position; tile regime */
+    int *perm;   /* [n_pair]: position to pair */
+    int *slot;   /* [n_token, n_topk]: positions of a token's slots, ascending, then -1 */
     float *pair_weight; /* [n_pair]: routed weight by position */
     mpad_gpu_job *job;  /* [max_job] */
     int *n_job;         /* [1] */
@@ -97,6 +118,13 @@ typedef struct mpad_gpu_args {
     mpad_gpu_scale w13_scale, w2_scale;
     mpad_gpu_stored_float stored_float;
     int is_weight_integer; /* int8, value + 8; else floats as stored_float says */
+    int is_weight_e5m2;
+
+    mpad_gpu_codes x, h;
+    float code_largest;      /* of the format of codes; integers where the weights are */
+    int code_least_exponent; /* of its normal values; both float formats have 3 bits of mantissa */
+    int is_code_byte;        /* codes as they are; else as T */
+    int is_hidden_vector;    /* rows of hidden start on 16 bytes */
 
     int n_row_job; /* rows of a job at most; a power of two */
     int row_job_log2;
@@ -104,13 +132,14 @@ typedef struct mpad_gpu_args {
     int is_sorted;            /* 0: each block of the stream kernels sorts for itself */
     int n_sort_block;         /* blocks of the sort */
     int n_column_tile_gate_up, n_column_tile_down;
+    mpad_gpu_tile_run run_gate_up, run_down;
 } mpad_gpu_args;
 
 /* Rows of the sum over waves and its columns, of the stream kernels. */
 enum { MPAD_STREAM_WAVES = 8, MPAD_STREAM_COLUMNS = 16 };
 
-/* Threads of the sort kernels at most, of the combine kernel. */
-enum { MPAD_ROUTE_THREADS = 1024, MPAD_COMBINE_THREADS = 256 };
+/* Threads of the sort kernels at most, of the combine kernel, of those that make codes. */
+enum { MPAD_ROUTE_THREADS = 1024, MPAD_COMBINE_THREADS = 256, MPAD_CODES_THREADS = 256 };
 
 /* Pairs that a block of the stream kernels sorts for itself at most; that the one block of
  * mpad_route_one sorts at most, two by a thread. */
@@ -159,10 +188,25 @@ MPAD_SHARED_FN int mpad_lds_tile(int n_row, int n_stage)
     return n_stage * (n_row + 128) * 128;
 }
 
-/* The same for quantised weights: two stages, each with the scales of two groups of 32 k. */
-MPAD_SHARED_FN int mpad_lds_tile_stored(int n_row)
+/* The same for quantised weights: two stages, each with the scales of two groups of 32 k, and for
+ * codes those of the rows of tokens. */
+MPAD_SHARED_FN int mpad_lds_tile_stored(int n_row, int is_coded)
 {
-    return 2 * ((n_row + 128) * 128 + 2 * 128 * 4);
+    return 2 * ((n_row + 128) * 128 + 2 * (128 + (is_coded ? n_row : 0)) * 4);
+}
+
+/* Of warpgroup kernels: stages of 128 rows of weights and of n_row of tokens, of bytes also the
+ * scales of two tiles' 128 rows. */
+enum { MPAD_LDS_ROW_SCALES = 2 * 128 * 4 };
+MPAD_SHARED_FN int mpad_lds_warpgroup(int n_row, int n_stage, int n_token_stage)
+{
+    return (n_stage * 128 + n_token_stage * n_row) * 128 + MPAD_LDS_ROW_SCALES;
+}
+
+/* Largest magnitudes of the waves that make codes. */
+MPAD_SHARED_FN int mpad_lds_codes(int wave)
+{
+    return mpad_lds_round(MPAD_CODES_THREADS / wave * 4);
 }
 
 #ifdef __cplusplus

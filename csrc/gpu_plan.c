@@ -12,9 +12,15 @@ enum family {
     FAMILY_DOWN_TILE,
     FAMILY_GATE_UP_WARPGROUP,
     FAMILY_DOWN_WARPGROUP,
-    FAMILY_COMBINE
+    FAMILY_COMBINE,
+    FAMILY_CODES,
+    FAMILY_GATE_UP_CODED,
+    FAMILY_DOWN_CODED,
+    FAMILY_GATE_UP_BYTES,
+    FAMILY_DOWN_BYTES
 };
 enum { ROUTE_ONE, ROUTE_COUNT, ROUTE_SORT }; /* codes of FAMILY_ROUTE, in is_vector */
+enum { CODES_X, CODES_H };                   /* of FAMILY_CODES */
 enum element { Bf16 = MPAD_DTYPE_BF16, F16 = MPAD_DTYPE_F16 };
 enum weights { Plain = 16, Bytes = 8, Nibbles = 4 }; /* bits of an element: BITS of hip/types.h */
 
@@ -45,6 +51,15 @@ static const variant VARIANTS[] = {
     {#NAME, FAMILY_DOWN_WARPGROUP, TYPE, Plain, true, BLOCKS, BM, (BM) / 16, STAGES},
 #define MPAD_COMBINE(NAME, TYPE)                                                                   \
     {.symbol = #NAME, .family = FAMILY_COMBINE, .dtype = TYPE, .is_vector = true},
+#define MPAD_CODES(NAME, TYPE, STAGE, CODE) {#NAME, FAMILY_CODES, TYPE, Bytes, CODE, 0, 0, 0, 0},
+#define MPAD_GATE_UP_CODED(NAME, TYPE, VECTOR, BM, WM, WN, BLOCKS)                                 \
+    {#NAME, FAMILY_GATE_UP_CODED, TYPE, Bytes, VECTOR, BLOCKS, BM, (WM) * (WN), 2},
+#define MPAD_DOWN_CODED(NAME, TYPE, VECTOR, BM, WM, WN, BLOCKS)                                    \
+    {#NAME, FAMILY_DOWN_CODED, TYPE, Bytes, VECTOR, BLOCKS, BM, (WM) * (WN), 2},
+#define MPAD_GATE_UP_BYTES(NAME, TYPE, BM, STAGES, BLOCKS)                                         \
+    {#NAME, FAMILY_GATE_UP_BYTES, TYPE, Bytes, true, BLOCKS, BM, (BM) / 16, STAGES},
+#define MPAD_DOWN_BYTES(NAME, TYPE, BM, STAGES, BLOCKS)                                            \
+    {#NAME, FAMILY_DOWN_BYTES, TYPE, Bytes, true, BLOCKS, BM, (BM) / 16, STAGES},
 #include "variants.def"
 #undef MPAD_ROUTE
 #undef MPAD_GATE_UP_STREAM
@@ -54,6 +69,11 @@ static const variant VARIANTS[] = {
 #undef MPAD_GATE_UP_WARPGROUP
 #undef MPAD_DOWN_WARPGROUP
 #undef MPAD_COMBINE
+#undef MPAD_CODES
+#undef MPAD_GATE_UP_CODED
+#undef MPAD_DOWN_CODED
+#undef MPAD_GATE_UP_BYTES
+#undef MPAD_DOWN_BYTES
 };
 enum { N_VARIANT = sizeof(VARIANTS) / sizeof(VARIANTS[0]) };
 
@@ -65,10 +85,16 @@ const char *mpad_gpu_symbol(int variant)
 static const struct {
     const char *name;
     int dtype, bits;
+    bool is_coded; /* x and h are rounded to codes */
 } PARTS[] = {
-    [MPAD_PART_BF16] = {"bf16", Bf16, Plain},         [MPAD_PART_F16] = {"f16", F16, Plain},
-    [MPAD_PART_BF16_W8] = {"bf16_w8", Bf16, Bytes},   [MPAD_PART_F16_W8] = {"f16_w8", F16, Bytes},
-    [MPAD_PART_BF16_W4] = {"bf16_w4", Bf16, Nibbles}, [MPAD_PART_F16_W4] = {"f16_w4", F16, Nibbles},
+    [MPAD_PART_BF16] = {"bf16", Bf16, Plain, false},
+    [MPAD_PART_F16] = {"f16", F16, Plain, false},
+    [MPAD_PART_BF16_W8] = {"bf16_w8", Bf16, Bytes, false},
+    [MPAD_PART_F16_W8] = {"f16_w8", F16, Bytes, false},
+    [MPAD_PART_BF16_W4] = {"bf16_w4", Bf16, Nibbles, false},
+    [MPAD_PART_F16_W4] = {"f16_w4", F16, Nibbles, false},
+    [MPAD_PART_BF16_W8X8] = {"bf16_w8x8", Bf16, Bytes, true},
+    [MPAD_PART_F16_W8X8] = {"f16_w8x8", F16, Bytes, true},
 };
 _Static_assert(sizeof(PARTS) / sizeof(PARTS[0]) == MPAD_PART_COUNT, "a row per part");
 
@@ -77,23 +103,30 @@ const char *mpad_gpu_part_name(int part)
     return part >= 0 && part < MPAD_PART_COUNT ? PARTS[part].name : NULL;
 }
 
-static int part_find(int dtype, int bits)
+static int part_find(int dtype, int bits, bool is_coded)
 {
     int part = 0;
-    while (PARTS[part].dtype != dtype || PARTS[part].bits != bits)
+    while (PARTS[part].dtype != dtype || PARTS[part].bits != bits ||
+           PARTS[part].is_coded != is_coded)
         part++;
     return part;
+}
+
+static bool is_warpgroup(const variant *v)
+{
+    return v->family == FAMILY_GATE_UP_WARPGROUP || v->family == FAMILY_DOWN_WARPGROUP ||
+           v->family >= FAMILY_GATE_UP_BYTES;
 }
 
 /* What serves several parts has no type or no bits. */
 bool mpad_gpu_have_symbol(const mpad_gpu_target *target, int part, int variant)
 {
     const struct variant *v = &VARIANTS[variant];
-    bool is_wgmma = v->family == FAMILY_GATE_UP_WARPGROUP || v->family == FAMILY_DOWN_WARPGROUP;
-    bool is_tile = v->family == FAMILY_GATE_UP_TILE || v->family == FAMILY_DOWN_TILE;
+    bool is_coded = v->family >= FAMILY_CODES;
+    bool is_tile = v->family == FAMILY_GATE_UP_TILE || v->family == FAMILY_DOWN_TILE || is_coded;
     return (!v->dtype || v->dtype == PARTS[part].dtype) &&
-           (!v->bits || v->bits == PARTS[part].bits) && (target->have_wgmma || !is_wgmma) &&
-           (target->have_tile || !is_tile);
+           (!v->bits || (v->bits == PARTS[part].bits && is_coded == PARTS[part].is_coded)) &&
+           (target->have_wgmma || !is_warpgroup(v)) && (target->have_tile || !is_tile);
 }
 
 /* Bits of a weight as it is stored. */
@@ -145,6 +178,16 @@ mpad_code mpad_gpu_target_make(const char *arch, int n_multiprocessor, mpad_gpu_
                      "arch: no kernels for %s; known: gfx90a, gfx942, gfx950, gfx1100, gfx1201, "
                      "sm_80, sm_90, sm_90a",
                      arch);
+}
+
+enum { ALL_COLUMNS = 30 }; /* log2 of more columns than there are */
+
+static int log2_of(int n)
+{
+    int log2 = 0;
+    while (n >> log2 > 1)
+        log2++;
+    return log2;
 }
 
 static int64_t round_up(int64_t n, int64_t to)
@@ -264,9 +307,10 @@ static mpad_code check_quant(const mpad_gpu_target *target, const mpad_moe *moe,
 {
     if (moe->quant == MPAD_QUANT_NONE)
         return MPAD_OK;
-    MPAD_REQUIRE(moe->input == MPAD_INPUT_NONE, status, MPAD_UNSUPPORTED,
-                 "quant_activations: on a GPU \"none\", no kernel quantises activations; leave it "
-                 "out, or run on the CPU");
+    MPAD_REQUIRE(moe->input == MPAD_INPUT_NONE || target->have_tile, status, MPAD_UNSUPPORTED,
+                 "quant_activations: on %s \"none\", it has no kernel that quantises activations; "
+                 "leave it out, or run on the CPU",
+                 target->name);
     bool is_flushed = strcmp(target->name, "gfx90a") == 0 &&
                       moe->weight_dtype == MPAD_DTYPE_F8_E5M2 && moe->dtype == MPAD_DTYPE_F16;
     MPAD_REQUIRE(!is_flushed, status, MPAD_UNSUPPORTED,
@@ -431,14 +475,96 @@ static int tile_find(enum family family, int dtype, int bits, int is_vector, int
     return best;
 }
 
-static void tile_add(const mpad_gpu_target *target, mpad_gpu_plan *plan, int variant, int64_t grid)
+/* Where k is so short that beginning and end of a block take as long as its products, a block of
+ * the warpgroup kernels takes as many tiles as make up for them, as long as there are blocks to
+ * fill the device a few times; and keeps all k of its rows of tokens where that lets as many blocks
+ * share a multiprocessor. */
+static mpad_gpu_tile_run run_of(const mpad_gpu_target *target, const variant *v, int64_t n_job,
+                                int n_tile, int64_t n_byte)
+{
+    enum { ENOUGH_BYTES = 4096, ROUNDS = 4, RESERVED = 1024 };
+    if (!is_warpgroup(v))
+        return (mpad_gpu_tile_run){.n_tile = 1};
+    int64_t n_slot = (int64_t)target->n_multiprocessor * v->blocks;
+    int64_t n = smaller(ENOUGH_BYTES / (n_byte + 1), n_job * n_tile / (n_slot * ROUNDS));
+    n = n < 1 ? 1 : smaller(n, n_tile);
+    int64_t n_stage = (n_byte + 127) / 128;
+    bool fits = n_stage <= 64 && mpad_lds_warpgroup(v->rows, v->stages, (int)n_stage) + RESERVED <=
+                                     target->lds_multiprocessor / v->blocks;
+    return (mpad_gpu_tile_run){.n_tile = (int)n, .is_token_shared = n > 1 && fits};
+}
+
+/* Adds a product of `n_job` jobs and `n_tile` column tiles over `n_k` columns, of which the first
+ * stage begins `skip` before the first. */
+static mpad_gpu_tile_run tile_add(const mpad_gpu_target *target, mpad_gpu_plan *plan, int variant,
+                                  int64_t n_job, int n_tile, int64_t n_k, int64_t skip)
 {
     const struct variant *v = &VARIANTS[variant];
     int n_stage = target->is_amd && v->stages > 2 ? 2 : v->stages; /* TILE_MAX_STAGES */
+    int64_t n_byte = n_k * v->bits / 8 + skip;
+    mpad_gpu_tile_run run = run_of(target, v, n_job, n_tile, n_byte);
+    int lds = is_warpgroup(v)
+                  ? mpad_lds_warpgroup(v->rows, n_stage,
+                                       run.is_token_shared ? (int)(n_byte + 127) / 128 : n_stage)
+              : v->bits == Plain ? mpad_lds_tile(v->rows, n_stage)
+                                 : mpad_lds_tile_stored(v->rows, v->family >= FAMILY_CODES);
+    int64_t grid = n_job * ((n_tile + run.n_tile - 1) / run.n_tile);
     if (grid > 0)
-        launch_add(target, plan, variant, grid, v->waves * target->wave,
-                   v->bits == Plain ? mpad_lds_tile(v->rows, n_stage)
-                                    : mpad_lds_tile_stored(v->rows));
+        launch_add(target, plan, variant, grid, v->waves * target->wave, lds);
+    return run;
+}
+
+/* The rows of x or h as codes, their place in the workspace, the launch that makes them. Rows of
+ * the bytes of T, whichever codes a call takes: the workspace depends on sizes alone. */
+static void plan_codes(const mpad_gpu_target *target, const mpad_moe *moe, int stage, int64_t n_row,
+                       mpad_gpu_plan *plan)
+{
+    const mpad_scale *weights = stage == CODES_X ? &moe->w13_scale : &moe->w2_scale;
+    const float *fixed = stage == CODES_X ? moe->x_scale : moe->h_scale;
+    int64_t n_k = stage == CODES_X ? moe->n_hidden : moe->n_inter;
+    mpad_gpu_plan_codes *codes = stage == CODES_X ? &plan->x : &plan->h;
+    bool is_grouped = weights->ld_column != 0 && !fixed;
+    codes->ld = round_up(n_k, 32);
+    codes->group_log2 = is_grouped ? log2_of((int)weights->block_column) : ALL_COLUMNS;
+    codes->phase = is_grouped ? (int)weights->column_phase : 0;
+    codes->n_group = (int)((codes->phase + n_k - 1) >> codes->group_log2) + 1;
+    /* A thread has 8 columns, of long runs more. A wave's tasks end together, or a task has waves.
+     */
+    int64_t n_run = is_grouped ? smaller(weights->block_column, n_k) : n_k;
+    codes->n_lane = 1;
+    while (codes->n_lane < MPAD_CODES_THREADS && codes->n_lane * 8 < n_run)
+        codes->n_lane *= 2;
+    codes->code = workspace_take(plan, n_row * codes->ld * 2);
+    codes->scale = workspace_take(plan, n_row * (n_k / 32 + 2) * 4); /* runs of 32 at least */
+    int64_t n_task = n_row * codes->n_group, per_block = MPAD_CODES_THREADS / codes->n_lane;
+    if (n_k > 0)
+        launch_add(target, plan, variant_find(FAMILY_CODES, (int)moe->dtype, Bytes, stage),
+                   (n_task + per_block - 1) / per_block, MPAD_CODES_THREADS,
+                   mpad_lds_codes(target->wave));
+}
+
+/* Rows start on 16 bytes and end with some; scales by column have blocks of whole stages of 128
+ * columns, from which a half tile's 64 rows take one. */
+static bool is_bytes_tensor(const void *data, int64_t ld0, int64_t ld1, int64_t ld2, int64_t n_k,
+                            const mpad_scale *scale)
+{
+    return (uintptr_t)data % 16 == 0 && ld0 % 16 == 0 && ld1 % 16 == 0 && ld2 % 16 == 0 &&
+           n_k % 16 == 0 && n_k > 0 && scale->dtype == MPAD_DTYPE_F32 &&
+           (scale->ld_column == 0 ||
+            (scale->block_column % 128 == 0 && scale->block_row % 64 == 0 &&
+             scale->row_phase % 64 == 0 && scale->column_phase % 16 == 0));
+}
+
+/* Whether the matrix unit takes codes and weights as the bytes they are. */
+static bool is_bytes(const mpad_gpu_target *target, const mpad_moe *moe)
+{
+    return moe->input != MPAD_INPUT_NONE && target->have_wgmma &&
+           moe->weight_dtype != MPAD_DTYPE_F8_E4M3FNUZ &&
+           is_bytes_tensor(moe->w13, moe->w13_ld_expert, moe->w13_ld_row,
+                           moe->is_gated ? moe->w13_up_offset : 0, moe->n_hidden,
+                           &moe->w13_scale) &&
+           is_bytes_tensor(moe->w2, moe->w2_ld_expert, moe->w2_ld_row, 0, moe->n_inter,
+                           &moe->w2_scale);
 }
 
 /* Many rows per expert: two grouped products through LDS and a sum over the slots. */
@@ -446,8 +572,9 @@ static mpad_code plan_tile(const mpad_gpu_target *target, const mpad_moe *moe, m
                            mpad_status *status)
 {
     const int64_t limit = INT64_C(1) << (target->is_amd ? 31 : 32);
-    MPAD_REQUIRE(((moe->n_token - 1) * moe->ld_hidden + moe->n_hidden) * 2 < limit, status,
-                 MPAD_UNSUPPORTED,
+    bool is_coded = moe->input != MPAD_INPUT_NONE;
+    int64_t ld = is_coded ? round_up(moe->n_hidden, 32) : moe->ld_hidden;
+    MPAD_REQUIRE(((moe->n_token - 1) * ld + moe->n_hidden) * 2 < limit, status, MPAD_UNSUPPORTED,
                  "hidden_states: its rows must lie within %lld bytes on %s; split the call",
                  (long long)limit, target->name);
     int64_t n_pair = moe->n_token * moe->n_topk;
@@ -457,20 +584,34 @@ static mpad_code plan_tile(const mpad_gpu_target *target, const mpad_moe *moe, m
     int dtype = (int)moe->dtype, bits = weight_bits(moe);
     bool is_vector = is_vector_gate_up(moe) && is_vector_down(moe); /* they share the job list */
     bool is_wgmma = target->have_wgmma && is_vector && bits == Plain && want > 32;
-    int gate_up = tile_find(is_wgmma ? FAMILY_GATE_UP_WARPGROUP : FAMILY_GATE_UP_TILE, dtype, bits,
-                            is_vector, want);
+    plan->is_code_byte = is_bytes(target, moe);
+    is_vector = is_vector || plan->is_code_byte;
+    int gate_up = tile_find(plan->is_code_byte ? FAMILY_GATE_UP_BYTES
+                            : is_coded         ? FAMILY_GATE_UP_CODED
+                            : is_wgmma         ? FAMILY_GATE_UP_WARPGROUP
+                                               : FAMILY_GATE_UP_TILE,
+                            dtype, bits, is_vector, want);
     plan->n_row_job = VARIANTS[gate_up].rows;
     plan_route(target, moe, plan);
+    if (is_coded)
+        plan_codes(target, moe, CODES_X, moe->n_token, plan);
     plan->ld_route = moe->n_hidden;
     plan->route = workspace_take(plan, n_pair * plan->ld_route * 2);
     int width = moe->is_gated ? 64 : 128; /* TILE_HALF, TILE_B */
     plan->n_column_tile_gate_up = (int)((moe->n_inter + width - 1) / width);
     plan->n_column_tile_down = (int)((moe->n_hidden + 127) / 128);
     int64_t n_job = smaller(n_pair, moe->n_expert + n_pair / plan->n_row_job);
-    tile_add(target, plan, gate_up, n_job * plan->n_column_tile_gate_up);
-    int down = tile_find(is_wgmma ? FAMILY_DOWN_WARPGROUP : FAMILY_DOWN_TILE, dtype, bits,
-                         is_vector, plan->n_row_job);
-    tile_add(target, plan, down, n_job * plan->n_column_tile_down);
+    plan->run_gate_up =
+        tile_add(target, plan, gate_up, n_job, plan->n_column_tile_gate_up, moe->n_hidden, 0);
+    if (is_coded)
+        plan_codes(target, moe, CODES_H, n_pair, plan);
+    int down = tile_find(plan->is_code_byte ? FAMILY_DOWN_BYTES
+                         : is_coded         ? FAMILY_DOWN_CODED
+                         : is_wgmma         ? FAMILY_DOWN_WARPGROUP
+                                            : FAMILY_DOWN_TILE,
+                         dtype, bits, is_vector, plan->n_row_job);
+    plan->run_down = tile_add(target, plan, down, n_job, plan->n_column_tile_down, moe->n_inter,
+                              plan->is_code_byte ? moe->w2_scale.column_phase % 128 : 0);
     int64_t columns = 8 * MPAD_COMBINE_THREADS;
     launch_add(target, plan, variant_find(FAMILY_COMBINE, (int)moe->dtype, 0, true),
                moe->n_token_pad * ((moe->n_hidden_pad + columns - 1) / columns),
@@ -483,17 +624,19 @@ mpad_code mpad_gpu_plan_make(const mpad_gpu_target *target, const mpad_moe *moe,
 {
     MPAD_TRY(check(target, moe, status));
     *plan = (mpad_gpu_plan){.route = -1, .perm = -1, .slot = -1, .pair_weight = -1};
+    plan->x.code = plan->x.scale = plan->h.code = plan->h.scale = -1;
     plan->job = plan->n_job = plan->count = -1;
-    plan->part = part_find((int)moe->dtype, weight_bits(moe));
+    bool is_coded = moe->input != MPAD_INPUT_NONE;
+    plan->part = part_find((int)moe->dtype, weight_bits(moe), is_coded);
     if (moe->n_token_pad == 0 || moe->n_hidden_pad == 0)
         return MPAD_OK;
     int64_t n_pair = moe->n_token * moe->n_topk;
     plan->ld_inter = round_up(moe->n_inter, 32);
-    plan->inter = workspace_take(plan, n_pair * plan->ld_inter * 2);
+    plan->inter = workspace_take(plan, n_pair * plan->ld_inter * (is_coded ? 4 : 2));
     /* Up to 16 tokens of 8 slots the two stream kernels win, beyond the tiles' four launches; on
      * Hopper up to 32. 896: of 64 bytes of LDS in 64 KiB. */
     int64_t n_stream = !target->have_tile ? 896 : target->have_dependent_launch ? 256 : 128;
-    if (n_pair <= n_stream) {
+    if (n_pair <= n_stream && !is_coded) {
         bool is_inline = n_pair <= MPAD_SORT_INLINE_MAX;
         plan->regime = is_inline ? "decode" : "middle";
         return plan_stream(target, moe, is_inline, plan, status);
@@ -525,22 +668,31 @@ static int element_code(mpad_dtype dtype)
     }
 }
 
-static int log2_of(int n)
-{
-    int log2 = 0;
-    while (n >> log2 > 1)
-        log2++;
-    return log2;
-}
-
 static void *workspace_at(void *workspace, int64_t offset)
 {
     return offset < 0 ? NULL : (char *)workspace + offset;
 }
 
+static mpad_gpu_codes codes_make(const mpad_gpu_plan_codes *codes, const float *fixed,
+                                 void *workspace)
+{
+    if (codes->n_lane == 0)
+        return (mpad_gpu_codes){0};
+    return (mpad_gpu_codes){
+        .code = workspace_at(workspace, codes->code),
+        .scale = workspace_at(workspace, codes->scale),
+        .fixed = fixed,
+        .ld = codes->ld,
+        .n_group = codes->n_group,
+        .group_log2 = codes->group_log2,
+        .phase = codes->phase,
+        .n_lane = codes->n_lane,
+        .lane_log2 = log2_of(codes->n_lane),
+    };
+}
+
 static mpad_gpu_scale scale_make(const mpad_scale *scale)
 {
-    enum { ALL_COLUMNS = 30 }; /* log2 of more columns than there are */
     bool by_column = scale->ld_column != 0;
     return (mpad_gpu_scale){
         .data = scale->data,
@@ -560,6 +712,7 @@ void mpad_gpu_args_make(const mpad_gpu_plan *plan, const mpad_moe *moe, const vo
                         mpad_dtype n_token_type, void *workspace, mpad_gpu_args *args)
 {
     int64_t up_offset = moe->is_gated ? moe->w13_up_offset : 0;
+    bool is_fnuz = moe->weight_dtype == MPAD_DTYPE_F8_E4M3FNUZ;
     *args = (mpad_gpu_args){
         .hidden = moe->hidden,
         .out = moe->out,
@@ -622,6 +775,15 @@ void mpad_gpu_args_make(const mpad_gpu_plan *plan, const mpad_moe *moe, const vo
         .stored_float = stored_float(moe),
         .is_weight_integer =
             moe->quant == MPAD_QUANT_INT8_CHANNEL || moe->quant == MPAD_QUANT_INT4_GROUP,
+        .is_weight_e5m2 = moe->weight_dtype == MPAD_DTYPE_F8_E5M2,
+        .is_code_byte = plan->is_code_byte,
+        .x = codes_make(&plan->x, moe->x_scale, workspace),
+        .h = codes_make(&plan->h, moe->h_scale, workspace),
+        .code_largest = moe->input == MPAD_INPUT_INT8 ? 127
+                        : is_fnuz                     ? 240
+                                                      : 448,
+        .code_least_exponent = is_fnuz ? -7 : -6,
+        .is_hidden_vector = is_16_byte(moe->hidden, moe->ld_hidden),
         .n_row_job = plan->n_row_job,
         .row_job_log2 = log2_of(plan->n_row_job),
         .topk_reciprocal =
@@ -630,5 +792,7 @@ void mpad_gpu_args_make(const mpad_gpu_plan *plan, const mpad_moe *moe, const vo
         .n_sort_block = plan->n_sort_block,
         .n_column_tile_gate_up = plan->n_column_tile_gate_up,
         .n_column_tile_down = plan->n_column_tile_down,
+        .run_gate_up = plan->run_gate_up,
+        .run_down = plan->run_down,
     };
 }

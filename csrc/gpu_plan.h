@@ -41,7 +41,7 @@ typedef struct mpad_gpu_target {
 mpad_code mpad_gpu_target_make(const char *arch, int n_multiprocessor, mpad_gpu_target *target,
                                mpad_status *status);
 
-enum { MPAD_GPU_MAX_LAUNCH = 6 };
+enum { MPAD_GPU_MAX_LAUNCH = 7 };
 
 typedef struct mpad_gpu_launch {
     const char *symbol;
@@ -49,6 +49,12 @@ typedef struct mpad_gpu_launch {
     unsigned grid, block, lds_bytes;
     bool is_dependent;
 } mpad_gpu_launch;
+
+/* Rows of x or of h as codes; see mpad_gpu_codes. n_lane is 0 where there are none. */
+typedef struct mpad_gpu_plan_codes {
+    int64_t code, scale, ld; /* byte offsets into the workspace */
+    int n_group, group_log2, phase, n_lane;
+} mpad_gpu_plan_codes;
 
 typedef struct mpad_gpu_plan {
     const char *regime; /* "decode", "middle", "prefill" */
@@ -59,8 +65,11 @@ typedef struct mpad_gpu_plan {
     /* Byte offsets into the workspace; -1: not used. */
     int64_t inter, route, perm, slot, pair_weight, job, n_job, count;
     int64_t ld_inter, ld_route;
+    mpad_gpu_plan_codes x, h;
+    bool is_code_byte;
     int n_row_job, is_sorted, n_sort_block;
     int n_column_tile_gate_up, n_column_tile_down;
+    mpad_gpu_tile_run run_gate_up, run_down; /* n_tile 1 for other kernels */
 } mpad_gpu_plan;
 
 /* MPAD_UNSUPPORTED says which size or type has no kernel. */

@@ -1,4 +1,4 @@
-// Level 4: the second product for many rows per expert: route[position] = weight * (W2 inter + b),
+// Level 5: the second product for many rows per expert: route[position] = weight * (W2 inter + b),
 // rounded. The sum over a token's slots is combine.hip's.
 
 #include "epilogue.h"
@@ -6,7 +6,7 @@
 #include "tile_stored.h"
 
 // Grid: jobs at most times column tiles of 128; block: WM x WN waves. LDS: the tile's stages.
-template <class T, class W, bool VECTOR, int BM, int WM, int WN, int STAGES, bool WARPGROUP>
+template <class T, class W, bool VECTOR, int BM, int WM, int WN, int STAGES, bool CODED>
 DEV void down_tile(const mpad_gpu_args &a)
 {
     args_prefetch(a);
@@ -19,14 +19,23 @@ DEV void down_tile(const mpad_gpu_args &a)
     int expert = wave_uniform(job.expert), first = wave_uniform(job.first);
     int rows = wave_uniform(job.rows), column0 = ((int)block_id() - j * n_tile) * TILE_B;
 
-    StoredTile<T, W, VECTOR, BM, WM, WN, STAGES, WARPGROUP> tile;
+    StoredTile<T, W, VECTOR, BM, WM, WN, STAGES, CODED> tile;
     constexpr int ITEM = W::BITS < 16 ? 1 : 2; // bytes of a stored element
     tile.clear(a.n_inter);
-    tile.a = buffer_make((const u16 *)a.inter + first * a.ld_inter, (u32)(rows * a.ld_inter) * 2);
+    i64 ld = CODED ? a.h.ld : a.ld_inter;
+    tile.a =
+        buffer_make((const u16 *)(CODED ? a.h.code : a.inter) + first * ld, (u32)(rows * ld) * 2);
     UNROLL for (int i = 0; i < tile.A_LOADS; i++)
     {
         int r = tile.a_index(i);
-        tile.a_row(i, r < rows, (u32)(r * (int)a.ld_inter) * 2);
+        tile.a_row(i, r < rows, (u32)(r * (int)ld) * 2);
+    }
+    if constexpr (CODED) {
+        UNROLL for (int i = 0; i < tile.INPUT_LOADS; i++)
+        {
+            int r = tile.input_row_of(i);
+            tile.input_at[i] = r < rows ? (first + r) * a.h.n_group : -1;
+        }
     }
     tile.b = buffer_make((const char *)a.w2 + expert * a.w2_ld_expert * ITEM, (u32)a.w2_bytes);
     int n = a.n_hidden - column0;
@@ -34,7 +43,7 @@ DEV void down_tile(const mpad_gpu_args &a)
                 n - TILE_HALF);
     if constexpr (W::BITS < 16)
         tile.scales(a.w2_scale, expert, 0, column0, n, 0, column0 + TILE_HALF, n - TILE_HALF);
-    tile.run(a, a.w2_scale, rows);
+    tile.run(a, a.w2_scale, a.h);
 
     u16 *route = (u16 *)a.route + first * a.ld_route;
     tile.finish([&](int m, int n, float (&x)[8], float (&y)[8]) {
@@ -68,16 +77,12 @@ DEV void down_tile(const mpad_gpu_args &a)
         {                                                                                          \
             down_tile<TYPE, WEIGHTS, VECTOR, BM, WM, WN, STAGES, false>(a);                        \
         }
-#else
-#    define MPAD_DOWN_TILE(NAME, TYPE, WEIGHTS, VECTOR, BM, WM, WN, STAGES, BLOCKS)
-#endif
-
-#if MPAD_HAVE_WGMMA
-#    define MPAD_DOWN_WARPGROUP(NAME, TYPE, BM, STAGES, BLOCKS)                                    \
-        MPAD_KERNEL((BM) / 64 * 4 * WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                  \
+#    define MPAD_DOWN_CODED(NAME, TYPE, VECTOR, BM, WM, WN, BLOCKS)                                \
+        MPAD_KERNEL((WM) * (WN) * WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                    \
         {                                                                                          \
-            down_tile<TYPE, Plain, true, BM, (BM) / 64, 4, STAGES, true>(a);                       \
+            down_tile<TYPE, Bytes, VECTOR, BM, WM, WN, 2, true>(a);                                \
         }
 #else
-#    define MPAD_DOWN_WARPGROUP(NAME, TYPE, BM, STAGES, BLOCKS)
+#    define MPAD_DOWN_TILE(NAME, TYPE, WEIGHTS, VECTOR, BM, WM, WN, STAGES, BLOCKS)
+#    define MPAD_DOWN_CODED(NAME, TYPE, VECTOR, BM, WM, WN, BLOCKS)
 #endif

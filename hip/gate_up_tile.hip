@@ -1,14 +1,20 @@
-// Level 4: the first product with activation, for many rows per expert: inter[position] = act(W13
-// x).
+// Level 5: the first product with activation, for many rows per expert: inter[position] = act(W13
+// x), rounded where h is not to become codes.
 
 #include "epilogue.h"
 #include "route.h"
 #include "tile_stored.h"
 
+DEV void put_floats(float *to, const float (&h)[8])
+{
+    *(f4 *)to = {h[0], h[1], h[2], h[3]};
+    *(f4 *)(to + 4) = {h[4], h[5], h[6], h[7]};
+}
+
 // Grid: jobs at most times column tiles; block: WM x WN waves. A block multiplies a job's tokens
 // with 64 gate rows and the same 64 up rows of W13, or with 128 rows where the layer is not gated.
 // A lane holds gate and up of the same column. LDS: the tile's stages.
-template <class T, class W, bool VECTOR, int BM, int WM, int WN, int STAGES, bool WARPGROUP>
+template <class T, class W, bool VECTOR, int BM, int WM, int WN, int STAGES, bool CODED>
 DEV void gate_up_tile(const mpad_gpu_args &a)
 {
     args_prefetch(a);
@@ -22,16 +28,26 @@ DEV void gate_up_tile(const mpad_gpu_args &a)
     int rows = wave_uniform(job.rows);
     int column0 = ((int)block_id() - j * n_tile) * (a.is_gated ? TILE_HALF : TILE_B);
 
-    StoredTile<T, W, VECTOR, BM, WM, WN, STAGES, WARPGROUP> tile;
+    StoredTile<T, W, VECTOR, BM, WM, WN, STAGES, CODED> tile;
     constexpr int ITEM = W::BITS < 16 ? 1 : 2; // bytes of a stored element
     tile.clear(a.n_hidden);
-    tile.a = buffer_make(a.hidden, (u32)(((a.n_token - 1) * a.ld_hidden + a.n_hidden) * 2));
+    i64 ld = CODED ? a.x.ld : a.ld_hidden;
+    tile.a =
+        buffer_make(CODED ? a.x.code : a.hidden, (u32)(((a.n_token - 1) * ld + a.n_hidden) * 2));
     UNROLL for (int i = 0; i < tile.A_LOADS; i++)
     {
         int r = tile.a_index(i);
         bool ok = r < rows && r < BM;
         int token = ok ? pair_token(a, a.perm[first + r]) : 0;
-        tile.a_row(i, ok, (u32)token * (u32)a.ld_hidden * 2);
+        tile.a_row(i, ok, (u32)token * (u32)ld * 2);
+    }
+    if constexpr (CODED) {
+        UNROLL for (int i = 0; i < tile.INPUT_LOADS; i++)
+        {
+            int r = tile.input_row_of(i);
+            tile.input_at[i] =
+                r < rows && r < BM ? pair_token(a, a.perm[first + r]) * a.x.n_group : -1;
+        }
     }
     tile.b = buffer_make((const char *)a.w13 + expert * a.w13_ld_expert * ITEM, (u32)a.w13_bytes);
     int n = a.n_inter - column0;
@@ -41,9 +57,9 @@ DEV void gate_up_tile(const mpad_gpu_args &a)
     if constexpr (W::BITS < 16)
         tile.scales(a.w13_scale, expert, 0, column0, n, a.is_gated,
                     a.is_gated ? column0 : column0 + TILE_HALF, a.is_gated ? n : n - TILE_HALF);
-    tile.run(a, a.w13_scale, rows);
+    tile.run(a, a.w13_scale, a.x);
 
-    u16 *inter = (u16 *)a.inter + first * a.ld_inter;
+    u16 *inter = (u16 *)a.inter + first * a.ld_inter * (CODED ? 2 : 1);
     tile.finish([&](int m, int n, float (&x)[8], float (&y)[8]) {
         if (m >= rows)
             return;
@@ -74,11 +90,19 @@ DEV void gate_up_tile(const mpad_gpu_args &a)
                 }
             }
         });
-        u16 *to = inter + m * a.ld_inter;
-        if (c < a.ld_inter)
-            *(u4 *)(to + c) = pack8<T>(x);
-        if (!a.is_gated && d < a.ld_inter)
-            *(u4 *)(to + d) = pack8<T>(y);
+        if constexpr (CODED) {
+            float *to = (float *)inter + m * a.ld_inter;
+            if (c < a.ld_inter)
+                put_floats(to + c, x);
+            if (!a.is_gated && d < a.ld_inter)
+                put_floats(to + d, y);
+        } else {
+            u16 *to = inter + m * a.ld_inter;
+            if (c < a.ld_inter)
+                *(u4 *)(to + c) = pack8<T>(x);
+            if (!a.is_gated && d < a.ld_inter)
+                *(u4 *)(to + d) = pack8<T>(y);
+        }
     });
 }
 
@@ -88,16 +112,12 @@ DEV void gate_up_tile(const mpad_gpu_args &a)
         {                                                                                          \
             gate_up_tile<TYPE, WEIGHTS, VECTOR, BM, WM, WN, STAGES, false>(a);                     \
         }
-#else
-#    define MPAD_GATE_UP_TILE(NAME, TYPE, WEIGHTS, VECTOR, BM, WM, WN, STAGES, BLOCKS)
-#endif
-
-#if MPAD_HAVE_WGMMA
-#    define MPAD_GATE_UP_WARPGROUP(NAME, TYPE, BM, STAGES, BLOCKS)                                 \
-        MPAD_KERNEL((BM) / 64 * 4 * WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                  \
+#    define MPAD_GATE_UP_CODED(NAME, TYPE, VECTOR, BM, WM, WN, BLOCKS)                             \
+        MPAD_KERNEL((WM) * (WN) * WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                    \
         {                                                                                          \
-            gate_up_tile<TYPE, Plain, true, BM, (BM) / 64, 4, STAGES, true>(a);                    \
+            gate_up_tile<TYPE, Bytes, VECTOR, BM, WM, WN, 2, true>(a);                             \
         }
 #else
-#    define MPAD_GATE_UP_WARPGROUP(NAME, TYPE, BM, STAGES, BLOCKS)
+#    define MPAD_GATE_UP_TILE(NAME, TYPE, WEIGHTS, VECTOR, BM, WM, WN, STAGES, BLOCKS)
+#    define MPAD_GATE_UP_CODED(NAME, TYPE, VECTOR, BM, WM, WN, BLOCKS)
 #endif

@@ -256,44 +256,98 @@ DEV void wgmma_publish()
 {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-#            define MPAD_ACC8(A)                                                                   \
-                "+f"(A.v[0]), "+f"(A.v[1]), "+f"(A.v[2]), "+f"(A.v[3]), "+f"(A.v[4]),              \
-                    "+f"(A.v[5]), "+f"(A.v[6]), "+f"(A.v[7])
-#            define MPAD_WGMMA(TYPE)                                                               \
-                asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {"     \
+// The sums of a wave as operands, floats ("f") or integers ("r").
+#            define MPAD_ACC8(AS, A)                                                               \
+                "+" AS(A.v[0]), "+" AS(A.v[1]), "+" AS(A.v[2]), "+" AS(A.v[3]), "+" AS(A.v[4]),    \
+                    "+" AS(A.v[5]), "+" AS(A.v[6]), "+" AS(A.v[7])
+#            define MPAD_WGMMA(SHAPE, MODIFIERS, AS)                                               \
+                asm volatile("wgmma.mma_async.sync.aligned.m64n128" SHAPE " {"                     \
                              "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"              \
                              "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"    \
                              "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"    \
                              "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63},"   \
-                             "%64,%65,1,1,1,0,0;"                                                  \
-                             : MPAD_ACC8(c[0][0]), MPAD_ACC8(c[0][1]), MPAD_ACC8(c[1][0]),         \
-                               MPAD_ACC8(c[1][1]), MPAD_ACC8(c[2][0]), MPAD_ACC8(c[2][1]),         \
-                               MPAD_ACC8(c[3][0]), MPAD_ACC8(c[3][1])                              \
+                             "%64,%65," MODIFIERS ";"                                              \
+                             : MPAD_ACC8(AS, c[0][0]), MPAD_ACC8(AS, c[0][1]),                     \
+                               MPAD_ACC8(AS, c[1][0]), MPAD_ACC8(AS, c[1][1]),                     \
+                               MPAD_ACC8(AS, c[2][0]), MPAD_ACC8(AS, c[2][1]),                     \
+                               MPAD_ACC8(AS, c[3][0]), MPAD_ACC8(AS, c[3][1])                      \
                              : "l"(x), "l"(w))
+#            define MPAD_ARRIVE(AS)                                                                \
+                UNROLL for (int i = 0; i < 4; i++)                                                 \
+                    UNROLL for (int j = 0; j < 2;                                                  \
+                                j++) asm volatile("" : MPAD_ACC8(AS, c[i][j])::"memory")
 // Sums that were on their way may be read from here on.
 DEV void wgmma_arrive(Acc (&c)[4][2])
 {
-    asm volatile("" : MPAD_ACC8(c[0][0]), MPAD_ACC8(c[0][1]), MPAD_ACC8(c[1][0])::"memory");
-    asm volatile("" : MPAD_ACC8(c[1][1]), MPAD_ACC8(c[2][0]), MPAD_ACC8(c[2][1])::"memory");
-    asm volatile("" : MPAD_ACC8(c[3][0]), MPAD_ACC8(c[3][1])::"memory");
+    MPAD_ARRIVE("f");
 }
-template <class T> DEV void wgmma_step(Acc (&c)[4][2], u64 x, u64 w);
-template <> DEV void wgmma_step<Bf16>(Acc (&c)[4][2], u64 x, u64 w)
-{
-    MPAD_WGMMA("bf16");
-}
-template <> DEV void wgmma_step<F16>(Acc (&c)[4][2], u64 x, u64 w)
-{
-    MPAD_WGMMA("f16");
-}
-// One stage of 64 k: 64 tokens at `x` and 128 weight rows at `w`, committed.
-template <class T> DEV void wgmma_stage(Acc (&c)[4][2], Lds x, Lds w)
+// Kinds of products: the types of tokens, weights and sums, and the bits of the former. stage():
+// one stage of 128 bytes of k, 64 tokens at `x` and 128 weight rows at `w`, committed; sums of 16
+// bits are added to, those of bytes set.
+template <class KIND, class SUMS> DEV void wgmma_stage(SUMS (&c)[4][2], Lds x, Lds w)
 {
     u64 tokens = wgmma_tile(x), weights = wgmma_tile(w);
     wgmma_fence();
-    UNROLL for (int step = 0; step < TILE_STEPS; step++)
-        wgmma_step<T>(c, tokens + 2 * step, weights + 2 * step);
+    KIND::first(c, tokens, weights);
+    UNROLL for (int step = 1; step < TILE_STEPS; step++)
+        KIND::next(c, tokens + 2 * step, weights + 2 * step);
     wgmma_commit();
+}
+#            define MPAD_WGMMA_KIND(NAME, WIDTH, SUMS, AS, SHAPE, FIRST, NEXT)                     \
+                struct NAME {                                                                      \
+                    static constexpr int BITS = WIDTH;                                             \
+                    typedef SUMS Sums;                                                             \
+                    static DEV void first(SUMS (&c)[4][2], u64 x, u64 w)                           \
+                    {                                                                              \
+                        MPAD_WGMMA(SHAPE, FIRST, AS);                                              \
+                    }                                                                              \
+                    static DEV void next(SUMS (&c)[4][2], u64 x, u64 w)                            \
+                    {                                                                              \
+                        MPAD_WGMMA(SHAPE, NEXT, AS);                                               \
+                    }                                                                              \
+                };
+struct IntAcc {
+    int v[ACC];
+};
+DEV void wgmma_arrive(IntAcc (&c)[4][2])
+{
+    MPAD_ARRIVE("r");
+}
+MPAD_WGMMA_KIND(Bf16Bf16, 16, Acc, "f", "k16.f32.bf16.bf16", "1,1,1,0,0", "1,1,1,0,0")
+MPAD_WGMMA_KIND(F16F16, 16, Acc, "f", "k16.f32.f16.f16", "1,1,1,0,0", "1,1,1,0,0")
+MPAD_WGMMA_KIND(E4m3E4m3, 8, Acc, "f", "k32.f32.e4m3.e4m3", "0,1,1", "1,1,1")
+MPAD_WGMMA_KIND(E4m3E5m2, 8, Acc, "f", "k32.f32.e4m3.e5m2", "0,1,1", "1,1,1")
+MPAD_WGMMA_KIND(Int8Int8, 8, IntAcc, "r", "k32.s32.s8.s8", "0", "1")
+template <class T> struct WgmmaPlain;
+template <> struct WgmmaPlain<Bf16> : Bf16Bf16 {
+};
+template <> struct WgmmaPlain<F16> : F16F16 {
+};
+
+#            define MPAD_HAVE_BYTES 1
+DEV u64 e4m3_bytes(const float (&v)[8]) // rounded to nearest even, the largest at most
+{
+    u64 bytes = 0;
+    UNROLL for (int i = 0; i < 4; i++)
+    {
+        u16 pair;
+        asm("cvt.rn.satfinite.e4m3x2.f32 %0,%1,%2;"
+            : "=h"(pair)
+            : "f"(v[2 * i + 1]), "f"(v[2 * i]));
+        bytes |= (u64)pair << 16 * i;
+    }
+    return bytes;
+}
+DEV u64 int8_bytes(const float (&v)[8]) // the same, between -127 and 127
+{
+    u64 bytes = 0;
+    UNROLL for (int i = 0; i < 8; i++)
+    {
+        int n = __float2int_rn(v[i]);
+        n = n > 127 ? 127 : n < -127 ? -127 : n;
+        bytes |= (u64)(n & 255) << 8 * i;
+    }
+    return bytes;
 }
 #        endif
 

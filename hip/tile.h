@@ -22,9 +22,7 @@ constexpr int TILE_MAX_STAGES = 2, TILE_SUM_PITCH = TILE_B + 4;
 
 // BM rows of A by WM x WN waves; wave (wm, wn) has rows wm * BM / WM on and, of each half of B,
 // rows wn * 64 / WN on.
-template <class T, class W, bool VECTOR, int BM, int WM, int WN, int STAGES_WANTED,
-          bool WARPGROUP = false>
-struct Tile {
+template <class T, class W, bool VECTOR, int BM, int WM, int WN, int STAGES_WANTED> struct Tile {
     static constexpr int THREADS = WM * WN * WAVE;
     static constexpr int STAGES = STAGES_WANTED < TILE_MAX_STAGES ? STAGES_WANTED : TILE_MAX_STAGES;
     static constexpr int TM = BM / WM / 16, TN = TILE_B / WN / 16;
@@ -122,46 +120,9 @@ struct Tile {
         else
             lds_write<u4>(to, run_chunk<false, false>(run_make(from, at, n), 0));
     }
-#    if MPAD_HAVE_WGMMA
-    // The ring with warpgroups of 4 waves, 64 rows each. A stage is filled again only after all
-    // have finished with it, so the products of one stage end before the next barrier; two blocks
-    // share the matrix units. Warpgroups beyond `rows` only help to fill the stages.
-    DEV void run_warpgroup(int rows)
+    // A ring of stages filled by asynchronous copies.
+    DEV void run()
     {
-        static_assert(TM == 4 && TN == 2 && WN == 4 && STAGES >= 3, "64 x 128 by a warpgroup");
-        bool is_active = wave_id() / WN * 64 < rows;
-        int n_kt = (k + TILE_K - 1) / TILE_K;
-        UNROLL for (int s = 0; s < STAGES - 1; s++)
-        {
-            if (s < n_kt)
-                stage(s);
-            stage_commit();
-        }
-        NO_UNROLL for (int kt = 0; kt < n_kt; kt++)
-        {
-            stage_wait_all_but<STAGES - 2>();
-            wgmma_publish();
-            block_barrier(); // stage kt is there for all; stage kt - 1 was multiplied by all
-            if (kt + STAGES - 1 < n_kt)
-                stage(kt + STAGES - 1);
-            stage_commit();
-            Lds at = lds_base() + kt % STAGES * STAGE_BYTES;
-            if (is_active)
-                wgmma_stage<T>(acc, at + wave_id() / WN * 64 * 128, at + BM * 128);
-            wgmma_wait();
-        }
-        wgmma_arrive(acc);
-    }
-#    endif
-    // A ring of stages filled by asynchronous copies; `rows` of A exist.
-    DEV void run(int rows)
-    {
-#    if MPAD_HAVE_WGMMA
-        if constexpr (WARPGROUP)
-            return run_warpgroup(rows);
-#    else
-        (void)rows;
-#    endif
         int n_kt = (k + TILE_K - 1) / TILE_K;
         UNROLL for (int s = 0; s < STAGES - 1; s++)
         {
@@ -236,7 +197,7 @@ struct Tile {
         schedule_barrier();
     }
     // Two LDS stages; global memory is read two tiles ahead into registers, LDS one step ahead.
-    DEV void run(int)
+    DEV void run()
     {
         int n_kt = (k + TILE_K - 1) / TILE_K;
         Pipeline p;
@@ -271,11 +232,6 @@ struct Tile {
                     int m = i * 16 + acc_token(q, lane);
                     int n = j / (TN / 2) * TILE_HALF + wn * (TILE_HALF / WN) + j % (TN / 2) * 16 +
                             acc_row(q, lane);
-                    if constexpr (WARPGROUP) {
-                        int e = (i * TN + j) * ACC + q; // the map of wgmma_step
-                        m = wn * 16 + (lane >> 2) + 8 * (e >> 1 & 1);
-                        n = 8 * (e >> 2) + 2 * (lane & 3) + (e & 1);
-                    }
                     lds_write<float>(lds_base() + (m * TILE_SUM_PITCH + n) * 4, acc[i][j].v[q]);
                 }
             }
@@ -300,10 +256,3 @@ struct Tile {
         }
     }
 };
-
-template <class T> DEV u4 pack8(const float (&x)[8])
-{
-    u4 v;
-    UNROLL for (int i = 0; i < 4; i++) v[i] = pack_pair<T>(x[2 * i], x[2 * i + 1]);
-    return v;
-}

@@ -1,22 +1,27 @@
 // Level 4: the block tile over quantised weights. B goes from memory to registers as it is stored,
 // and to LDS as T; sums of a run of columns that share their scales are multiplied by them in
-// float32 and added up. A tile of plain weights is as tile.h has it.
+// float32 and added up. Where A is codes (codes.hip), each row's scale of the run is a factor too.
+// A tile of plain weights is as tile.h has it.
 #pragma once
 #include "stored.h"
 #include "tile.h"
 
-template <class T, class W, bool VECTOR, int BM, int WM, int WN, int STAGES, bool WARPGROUP>
-struct StoredTile : Tile<T, W, VECTOR, BM, WM, WN, STAGES, WARPGROUP> {
-    typedef Tile<T, W, VECTOR, BM, WM, WN, STAGES, WARPGROUP> Base;
+template <class T, class W, bool VECTOR, int BM, int WM, int WN, int STAGES, bool CODED>
+struct StoredTile : Tile<T, W, VECTOR, BM, WM, WN, STAGES> {
+    typedef Tile<T, W, VECTOR, BM, WM, WN, STAGES> Base;
     static constexpr int THREADS = Base::THREADS, TM = Base::TM, TN = Base::TN;
     static constexpr int GROUP = 32, GROUPS = TILE_K / GROUP; // columns of one scale at least
-    static constexpr int STAGE_BYTES = Base::STAGE_BYTES + GROUPS * TILE_B * 4;
-    static constexpr int SCALES = GROUPS * TILE_B;
+    static constexpr int SCALES = GROUPS * TILE_B, INPUT_SCALES = CODED ? GROUPS * BM : 0;
+    static constexpr int STAGE_BYTES = Base::STAGE_BYTES + (SCALES + INPUT_SCALES) * 4;
     static constexpr int SCALE_LOADS = SCALES > THREADS ? SCALES / THREADS : 1;
+    static constexpr int INPUT_LOADS = INPUT_SCALES > THREADS ? INPUT_SCALES / THREADS : 1;
+    // Chunks that one branch serves; the scales of codes take the registers of half of them.
+    static constexpr int DECODED = CODED ? Base::B_LOADS / 2 : Base::B_LOADS;
     static_assert(W::BITS == 16 || SCALES % THREADS == 0, "shape");
 
     i64 scale_at[SCALE_LOADS]; // of the rows of B whose scales the thread loads
     u32 scale_ok;
+    int input_at[INPUT_LOADS]; // of the rows of A; -1: none
 
     // Row r of the first half of B is row `row0` + r of the expert's half `half0`, row r of the
     // second one row `row1` + r of half `half1`; n0 and n1 rows exist.
@@ -32,6 +37,16 @@ struct StoredTile : Tile<T, W, VECTOR, BM, WM, WN, STAGES, WARPGROUP> {
             scale_ok |= (r < (second ? n1 : n0) ? 1u : 0u) << i;
         }
     }
+    // Row of A whose scale load i of this thread is; beyond BM where there are more threads.
+    DEV int input_row_of(int i) const
+    {
+        int n = (int)(thread_id() + i * THREADS);
+        return n < INPUT_SCALES ? n % BM : BM;
+    }
+    DEV int input_group_of(int i) const
+    {
+        return (int)(thread_id() + i * THREADS) / BM;
+    }
     DEV int scale_row_of(int i) const
     {
         return (int)(thread_id() + i * THREADS) % TILE_B;
@@ -45,8 +60,9 @@ struct StoredTile : Tile<T, W, VECTOR, BM, WM, WN, STAGES, WARPGROUP> {
         u4 a[Base::A_LOADS];
         Stored<W> b[Base::B_LOADS];
         u32 scale[SCALE_LOADS];
+        float input[INPUT_LOADS];
     };
-    DEV void fetch(Staged &r, const mpad_gpu_scale &s, int kt) const
+    DEV void fetch(Staged &r, const mpad_gpu_scale &s, const mpad_gpu_codes &codes, int kt) const
     {
         UNROLL for (int i = 0; i < Base::B_LOADS; i++) r.b[i] = run_stored<W, VECTOR>(
             run_make(this->b, this->b_offset(i) + (u32)kt * (TILE_K / 8 * W::BITS),
@@ -58,6 +74,16 @@ struct StoredTile : Tile<T, W, VECTOR, BM, WM, WN, STAGES, WARPGROUP> {
         {
             int k = kt * TILE_K + scale_group_of(i) * GROUP;
             r.scale[i] = scale_load(s, scale_at[i], k, (scale_ok >> i & 1) && k < this->k);
+        }
+        if constexpr (CODED) {
+            UNROLL for (int i = 0; i < INPUT_LOADS; i++)
+            {
+                int k = kt * TILE_K + input_group_of(i) * GROUP;
+                r.input[i] =
+                    input_at[i] >= 0 && k < this->k
+                        ? codes.scale[input_at[i] + ((codes.phase + k) >> codes.group_log2)]
+                        : 0.f;
+            }
         }
     }
     DEV static Lds stage_at(int kt)
@@ -74,49 +100,67 @@ struct StoredTile : Tile<T, W, VECTOR, BM, WM, WN, STAGES, WARPGROUP> {
             if (this->a_index(i) < BM)
                 lds_write<u4>(to + i * Base::PASS * 128, r.a[i]);
         }
-        u4 b[Base::B_LOADS];
-        chunks_decode<T, Form<AT_RUN_TIME, AT_RUN_TIME>>(args, b, r.b);
-        UNROLL for (int i = 0; i < Base::B_LOADS; i++)
-            lds_write<u4>(to + (BM + i * Base::PASS) * 128, b[i]);
+        UNROLL for (int i = 0; i < Base::B_LOADS; i += DECODED)
+        {
+            Stored<W> stored[DECODED];
+            u4 b[DECODED];
+            UNROLL for (int j = 0; j < DECODED; j++) stored[j] = r.b[i + j];
+            chunks_decode<T, Form<AT_RUN_TIME, AT_RUN_TIME>>(args, b, stored);
+            UNROLL for (int j = 0; j < DECODED; j++)
+                lds_write<u4>(to + (BM + (i + j) * Base::PASS) * 128, b[j]);
+        }
         UNROLL for (int i = 0; i < SCALE_LOADS; i++)
             lds_write<float>(stage + Base::STAGE_BYTES + (int)(thread_id() + i * THREADS) * 4,
                              scale_value(s, r.scale[i]));
+        if constexpr (CODED) {
+            UNROLL for (int i = 0; i < INPUT_LOADS; i++)
+            {
+                if (input_row_of(i) < BM)
+                    lds_write<float>(stage + Base::STAGE_BYTES +
+                                         (SCALES + (int)thread_id() + i * THREADS) * 4,
+                                     r.input[i]);
+            }
+        }
     }
     // sum += acc times the scales of column group g of the stage; acc = 0.
     DEV void fold(Acc (&sum)[TM][TN], Lds stage, int g)
     {
-        int lane = (int)lane_id(), wn = wave_id() % WN;
+        int lane = (int)lane_id(), wm = wave_id() / WN, wn = wave_id() % WN;
         Lds scales = stage + Base::STAGE_BYTES + g * TILE_B * 4;
+        Lds inputs = stage + Base::STAGE_BYTES + (SCALES + g * BM + wm * (BM / WM)) * 4;
         UNROLL for (int j = 0; j < TN; j++) UNROLL for (int q = 0; q < ACC; q++)
         {
             int n = j / (TN / 2) * TILE_HALF + wn * (TILE_HALF / WN) + j % (TN / 2) * 16;
             float scale = lds_read<float>(scales + (n + acc_row(q, lane)) * 4);
             UNROLL for (int i = 0; i < TM; i++)
             {
-                sum[i][j].v[q] = fused_mul_add(this->acc[i][j].v[q], scale, sum[i][j].v[q]);
+                float part = this->acc[i][j].v[q];
+                if constexpr (CODED)
+                    part *= lds_read<float>(inputs + (i * 16 + acc_token(q, lane)) * 4);
+                sum[i][j].v[q] = fused_mul_add(part, scale, sum[i][j].v[q]);
                 this->acc[i][j].v[q] = 0.f;
             }
         }
     }
     // Two LDS stages; global memory is read two tiles ahead, one of them in registers.
-    DEV void run(const mpad_gpu_args &args, const mpad_gpu_scale &s, int rows)
+    DEV void run(const mpad_gpu_args &args, const mpad_gpu_scale &s, const mpad_gpu_codes &codes)
     {
         if constexpr (W::BITS == 16)
-            return Base::run(rows);
+            return Base::run();
         int n_kt = (this->k + TILE_K - 1) / TILE_K;
         Acc sum[TM][TN];
         UNROLL for (int i = 0; i < TM; i++) UNROLL for (int j = 0; j < TN; j++) sum[i][j] =
             acc_zero();
         Staged staged;
-        fetch(staged, s, 0);
+        fetch(staged, s, codes, 0);
         store(args, s, 0, staged);
-        fetch(staged, s, 1);
+        fetch(staged, s, codes, 1);
         block_barrier(); // tile 0 is in LDS
         NO_UNROLL for (int kt = 0; kt < n_kt; kt++)
         {
             if (kt + 1 < n_kt)
                 store(args, s, kt + 1, staged);
-            fetch(staged, s, kt + 2);
+            fetch(staged, s, codes, kt + 2);
             Lds stage = stage_at(kt);
             UNROLL for (int g = 0; g < GROUPS; g++)
             {

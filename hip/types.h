@@ -1,5 +1,5 @@
 // Level 1: element types, vectors, and the ways weights are stored. An element's storage is u16; a
-// type is a tag with its conversions.
+// type is its bits and its conversions.
 #pragma once
 #include "arch.h"
 
@@ -17,6 +17,9 @@ struct alignas(16) u4 {
     {
         return x[i];
     }
+};
+struct alignas(8) f2 {
+    float x, y;
 };
 struct alignas(16) f4 {
     float x[4];
@@ -51,6 +54,7 @@ DEV float bits_float(u32 x)
 
 // Rounding is to nearest even; a NaN stays one.
 struct Bf16 {
+    u16 bits;
     static DEV float to_float(u16 v)
     {
         return bits_float((u32)v << 16);
@@ -71,6 +75,7 @@ struct Bf16 {
 };
 
 struct F16 {
+    u16 bits;
     static DEV float to_float(u16 v)
     {
         return half_to_float(v);
@@ -107,4 +112,10 @@ template <class W> struct Stored {
 template <class T> DEV u32 pack_pair(float lo, float hi)
 {
     return (u32)T::from_float(lo) | (u32)T::from_float(hi) << 16;
+}
+template <class T> DEV u4 pack8(const float (&x)[8])
+{
+    u4 v;
+    UNROLL for (int i = 0; i < 4; i++) v[i] = pack_pair<T>(x[2 * i], x[2 * i + 1]);
+    return v;
 }

@@ -12,6 +12,9 @@ _CDNA = {
     r"mpad_\w+_tile(16|32)_\w+": (128, 2),  # LDS allows two to three blocks of 4 waves
     r"mpad_\w+_tile64_\w+": (256, 2),  # two blocks of 4 waves share 64 KiB LDS once each
     r"mpad_\w+_tile128_\w+": (256, 1),  # its stages take all of the LDS: one block
+    r"mpad_\w+_coded16_\w+": (128, 2),  # as tiles of so many rows
+    r"mpad_\w+_coded(32|64)_\w+": (256, 2),
+    r"mpad_codes_\w+": (128, 4),  # copy-bound
     r"mpad_combine_\w+": (128, 4),  # copy-bound
 }
 # RDNA: 1536 registers per SIMD lane on wave32: 192 leave 8 waves.
@@ -45,6 +48,10 @@ _SM = {
     r"mpad_\w+_wg64_\w+": 168,  # 128 threads, three
     r"mpad_\w+_tile(16|32)_\w+": 168,  # 128 threads, three
     r"mpad_\w+_tile(64|128)_\w+": 255,  # 128 threads, two
+    r"mpad_\w+_bytes64_\w+": 168,  # 128 threads, three
+    r"mpad_\w+_coded16_\w+": 168,  # 128 threads, three
+    r"mpad_\w+_coded(32|64)_\w+": 255,  # 128 threads, two
+    r"mpad_codes_\w+": 64,  # copy-bound
     r"mpad_combine_\w+": 64,  # copy-bound
 }
 NVIDIA = {"sm_80": _SM, "sm_90": _SM, "sm_90a": _SM}

@@ -90,9 +90,9 @@ def remarks_of(text):
 def image_symbols(arch):
     """The symbols an image for the target holds; see hip/tile.h and hip/mma.h."""
     for family, symbol in variants():
-        if family.endswith("_WARPGROUP") and arch != "sm_90a":
+        if family.endswith(("_WARPGROUP", "_BYTES")) and arch != "sm_90a":
             continue
-        if family.endswith("_TILE") and arch.startswith("gfx1"):
+        if family.endswith(("_TILE", "_CODED", "CODES")) and arch.startswith("gfx1"):
             continue
         yield symbol
 

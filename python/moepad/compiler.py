@@ -31,8 +31,9 @@ from moepad._core import UnsupportedError
 AMD_ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
 NVIDIA_ARCHS = ("sm_80", "sm_90", "sm_90a")
 ARCHS = AMD_ARCHS + NVIDIA_ARCHS
-# Element type, and bits of a quantised weight; MPAD_PART_* in csrc/gpu_args.h.
-PARTS = ("bf16", "f16", "bf16_w8", "f16_w8", "bf16_w4", "f16_w4")
+# Element type, bits of a quantised weight and of quantised activations; MPAD_PART_* in
+# csrc/gpu_args.h.
+PARTS = ("bf16", "f16", "bf16_w8", "f16_w8", "bf16_w4", "f16_w4", "bf16_w8x8", "f16_w8x8")
 
 MAIN = "hip/moepad.hip"
 PACKAGE = Path(__file__).resolve().parent

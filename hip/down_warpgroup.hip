@@ -1,0 +1,99 @@
+// Level 5: the second product by warpgroup instructions, for many rows per expert: route[position]
+// = weight * (W2 inter + b), rounded. The sum over a token's slots is combine.hip's.
+
+#include "epilogue.h"
+#include "route.h"
+#include "tile_warpgroup.h"
+
+#if MPAD_HAVE_WGMMA
+
+// Grid: jobs at most times runs of column tiles of 128; block: a warpgroup for each 64 rows of a
+// job.
+template <class T, class KIND, int BM, int STAGES>
+DEV void down_kind(const mpad_gpu_args &a, mpad_gpu_job job, int tile, int end)
+{
+    constexpr bool IS_PLAIN = KIND::BITS == 16;
+    constexpr u32 ITEM = KIND::BITS / 8;
+    i64 ld = IS_PLAIN ? a.ld_inter : a.h.ld;
+    WarpgroupTile<KIND, BM, STAGES> sums;
+    sums.init((const char *)(IS_PLAIN ? a.inter : a.h.code) + job.first * ld * ITEM,
+              a.n_inter * (int)ITEM, IS_PLAIN ? 0 : a.w2_scale.column_phase % 128,
+              a.run_down.is_token_shared);
+    UNROLL for (int i = 0; i < sums.A_LOADS; i++)
+    {
+        int r = sums.a_index(i);
+        sums.a_row(i, r < job.rows, (u32)r * (u32)ld * ITEM);
+    }
+    TileRows weights = {(const char *)a.w2 + job.expert * a.w2_ld_expert * ITEM,
+                        (u32)a.w2_ld_row * ITEM, (u32)(TILE_HALF * a.w2_ld_row) * ITEM, a.n_hidden,
+                        TILE_B};
+    TileScales scales = {a.w2_scale,
+                         a.h,
+                         (const float *)a.w2_scale.data + job.expert * a.w2_scale.ld_expert,
+                         0,
+                         {-1, -1}};
+    UNROLL for (int i = 0; i < 2; i++)
+    {
+        int r = sums.lane_row(i);
+        if (r < job.rows && !IS_PLAIN)
+            scales.token_at[i] = (job.first + r) * a.h.n_group;
+    }
+    sums.run(weights, scales, tile, end, job.rows, [&](int t) {
+        int column0 = t * TILE_B;
+        if (a.w2_bias) {
+            UNROLL for (int e = 0; e < 64; e++)
+            {
+                int column = column0 + sums.sum_column(e);
+                sums.sum(e) += column < a.n_hidden ? w2_bias(a, job.expert, column) : 0.f;
+            }
+        }
+        UNROLL for (int i = 0; i < 2; i++)
+        {
+            int r = sums.lane_row(i);
+            u16 *to = (u16 *)a.route + (job.first + r) * a.ld_route + column0;
+            int n_column = r < job.rows ? a.n_hidden - column0 : 0;
+            float weight =
+                n_column > 0 && !a.is_weight_on_input ? a.pair_weight[job.first + r] : 1.f;
+            quad_store<T, TILE_B>(
+                [&](int j, int p) { return sums.sum(4 * j + 2 * i + p) * weight; },
+                [&](int column, u4 v) {
+                    if (column < n_column)
+                        *(u4 *)(to + column) = v;
+                });
+        }
+    });
+}
+
+template <class T, int BM, int STAGES, bool BYTES> DEV void down_warpgroup(const mpad_gpu_args &a)
+{
+    args_prefetch(a);
+    launch_wait();
+    launch_release();
+    int n_run = (a.n_column_tile_down + a.run_down.n_tile - 1) / a.run_down.n_tile;
+    int j = (int)block_id() / n_run, tile = ((int)block_id() - j * n_run) * a.run_down.n_tile;
+    if (j >= *a.n_job)
+        return;
+    int end = tile + a.run_down.n_tile;
+    end = end < a.n_column_tile_down ? end : a.n_column_tile_down;
+    if constexpr (BYTES)
+        bytes_select(a, [&](auto kind) {
+            down_kind<T, decltype(kind), BM, STAGES>(a, a.job[j], tile, end);
+        });
+    else
+        down_kind<T, WgmmaPlain<T>, BM, STAGES>(a, a.job[j], tile, end);
+}
+
+#    define MPAD_DOWN_WARPGROUP(NAME, TYPE, BM, STAGES, BLOCKS)                                    \
+        MPAD_KERNEL((BM) / 64 * 4 * WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                  \
+        {                                                                                          \
+            down_warpgroup<TYPE, BM, STAGES, false>(a);                                            \
+        }
+#    define MPAD_DOWN_BYTES(NAME, TYPE, BM, STAGES, BLOCKS)                                        \
+        MPAD_KERNEL((BM) / 64 * 4 * WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                  \
+        {                                                                                          \
+            down_warpgroup<TYPE, BM, STAGES, true>(a);                                             \
+        }
+#else
+#    define MPAD_DOWN_WARPGROUP(NAME, TYPE, BM, STAGES, BLOCKS)
+#    define MPAD_DOWN_BYTES(NAME, TYPE, BM, STAGES, BLOCKS)
+#endif
