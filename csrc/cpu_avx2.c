@@ -1,12 +1,8 @@
 /* Level 9: the kernels for AVX2 with FMA and F16C. */
 #define VECTOR_BYTES 32
-#define FLOAT_TILE_ROWS 3
-#ifdef __clang__
-#    define HALF_TILE_ROWS 2 /* with 3 it runs out of registers */
-#else
-#    define HALF_TILE_ROWS 3
-#endif
-#define STREAM_ROWS 6
+#define FLOAT_TILE_ROWS(n_row) ((n_row) > 4 ? 3 : 4)
+#define HALF_TILE_ROWS 6
+#define STREAM_ROWS(is_long, is_plain) ((is_long) ? 24 : 6 << (is_plain))
 #define PANEL_ROWS 6
 #include "cpu_vector.h"
 
@@ -16,6 +12,15 @@ INLINE vf vf_multiply_add(vf a, vf b, vf sum)
 {
     return _mm256_fmadd_ps(a, b, sum);
 }
+
+/* The same of registers, in one form of three, for tiles that take them all: a compiler free to
+ * choose loads an operand for each use and moves accumulators. */
+INLINE vf vf_multiply_add_tight(vf a, vf b, vf sum)
+{
+    __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+    return sum;
+}
+#define MULTIPLY_ADD_TIGHT vf_multiply_add_tight
 
 INLINE void vf_transpose(vf *v)
 {

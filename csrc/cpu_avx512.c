@@ -1,7 +1,7 @@
 /* Level 9: the kernels for AVX-512 (F, BW, VL, DQ). */
-#define FLOAT_TILE_ROWS 6
+#define FLOAT_TILE_ROWS(n_row) 6
 #define HALF_TILE_ROWS 6
-#define STREAM_ROWS 10
+#define STREAM_ROWS(is_long, is_plain) (10 << ((is_long) + (is_plain)))
 #define PANEL_ROWS 8
 #include "cpu_vector512.h"
 

@@ -1,7 +1,7 @@
 /* Level 9: the kernels of bf16 for AVX512-BF16, whose instruction multiplies pairs of bf16 and adds
  * both products to a float32, and for AVX512-VBMI, which finds quantised weights' values in tables.
  * It takes subnormal inputs as zero and flushes subnormal results. */
-#define STREAM_ROWS 10
+#define STREAM_ROWS(is_long, is_plain) (10 << ((is_long) + (is_plain)))
 #define PANEL_ROWS 8
 #include "cpu_vector512.h"
 
@@ -13,7 +13,7 @@ INLINE vf pairs_multiply_add(vu a, vu b, vf sum)
 #define ELEMENT bf16
 #define ELEMENT_BYTES 2
 #define STEP (2 * LANES)
-#define TILE_ROWS 6
+#define TILE_ROWS(n_row) 6
 #define X vu
 #define X_BYTES 2
 #define x_load vu_load

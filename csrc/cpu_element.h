@@ -4,7 +4,7 @@
  *   ELEMENT          f32, bf16 or f16: the suffix of the functions, and what rounds
  *   ELEMENT_BYTES    of one weight
  *   STEP             elements of k that are converted together
- *   TILE_ROWS        most rows of x in a tile of cpu_stream.h
+ *   TILE_ROWS(n_row) most rows of x in a tile of cpu_stream.h, of so many
  *   X                type of a vector of x; X_BYTES of one element
  *   x_load(p)        a vector of x at p; x_spread(p): the 4 bytes at p in every lane
  *   TAKE(p, x)       STEP elements at p to the vectors of x at x
@@ -35,7 +35,7 @@ enum {
 static void NAME(multiply)(const mpad_cpu_product *p)
 {
     const int is_long = p->x->n_k >= 512, is_plain = X_BYTES == ELEMENT_BYTES;
-    if (p->n_row <= STREAM_ROWS << (is_long + is_plain))
+    if (p->n_row <= STREAM_ROWS(is_long, is_plain))
         NAME(stream_multiply)(p);
     else
         NAME(panel_multiply)(p);

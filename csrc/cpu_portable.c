@@ -1,9 +1,9 @@
 /* Level 9: the kernels in C alone, for processors none of the other files is for: 16-byte vectors,
  * which the compiler makes of whatever the target has. */
 #define VECTOR_BYTES 16
-#define FLOAT_TILE_ROWS 2
+#define FLOAT_TILE_ROWS(n_row) 2
 #define HALF_TILE_ROWS 2
-#define STREAM_ROWS 4
+#define STREAM_ROWS(is_long, is_plain) (4 << ((is_long) + (is_plain)))
 #define PANEL_ROWS 6
 #include "cpu_scalar.h"
 #include "cpu_vector.h"

@@ -7,7 +7,7 @@
 #define ELEMENT f32
 #define ELEMENT_BYTES 4
 #define STEP LANES
-#define TILE_ROWS FLOAT_TILE_ROWS
+#define TILE_ROWS(n_row) FLOAT_TILE_ROWS(n_row)
 #define X vf
 #define X_BYTES 4
 #define x_load vf_load
@@ -26,7 +26,7 @@
 #define ELEMENT f16
 #define ELEMENT_BYTES 2
 #define STEP LANES
-#define TILE_ROWS HALF_TILE_ROWS
+#define TILE_ROWS(n_row) HALF_TILE_ROWS
 #define X vf
 #define X_BYTES 4
 #define x_load vf_load
@@ -56,7 +56,7 @@
 #define ELEMENT bf16
 #define ELEMENT_BYTES 2
 #define STEP (2 * LANES)
-#define TILE_ROWS HALF_TILE_ROWS
+#define TILE_ROWS(n_row) HALF_TILE_ROWS
 #define X vf
 #define X_BYTES 4
 #define x_load vf_load

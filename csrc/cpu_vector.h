@@ -14,6 +14,7 @@ enum {
     MAX_TILE_ROWS = 6,
     PANEL_COLUMNS = 2 * LANES,
     PANEL_GROUPS = 256,
+    IS_NARROW = VECTOR_BYTES < 64, /* 16 registers, not 32 */
     FETCH_ROWS = PANEL_COLUMNS > 16 ? PANEL_COLUMNS / 16 : 1,
 };
 
