@@ -4,11 +4,11 @@
     python bench/gpu.py time --shapes A,D --tokens 1,32,2048 --kernels
     compute-sanitizer --tool memcheck python bench/gpu.py quant cases --seconds 60
 
-Parts: `repeats` compares the bits of many calls, eager and from graphs; `quant` runs every kind of
-quantisation and `cases` every case of tests/cases.py, padded and poisoned, against the
-specification; `time` measures layers of real models beside a plain copy, the floor at the true
-size, and PyTorch's grouped products. Each time is the median of replays of a graph that goes
-through several copies of the weights, so that caches do not flatter.
+Parts: `repeats` compares the bits of many calls, eager and from graphs; `runs` checks rows of large
+layers; `quant` runs every kind of quantisation and `cases` every case of tests/cases.py, padded and
+poisoned, against the specification; `time` measures layers of real models beside a plain copy, the
+floor at the true size, and PyTorch's grouped products. Each time is the median of replays of a
+graph that goes through several copies of the weights, so that caches do not flatter.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 from moepad import reference
 from moepad.testing import Work, check_close, quantise
 
-PARTS = ["repeats", "quant", "cases", "time"]
+PARTS = ["repeats", "runs", "quant", "cases", "time"]
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 DEVICE = "cuda"
 ROTATE_BYTES, MAX_COPIES = 2 << 30, 16  # of a layer's weights, taken in turn
@@ -227,6 +227,29 @@ def check_repeats() -> list[str]:
     return faults
 
 
+def check_runs() -> list[str]:
+    """Layers so large that a block takes several column tiles: the same bits as a call of so few
+    tokens that it takes one, or, of 16 bits, what PyTorch's float64 has.
+    """
+    faults = []
+    for quant in ("none", "fp8_channel+fp8", "fp8_block+fp8", "int8_channel+int8"):
+        layer = Layer(SHAPES["A"], 1, quant)
+        for n_token in (128, 600, 1500, 8192):
+            layer.call(n_token)(0)
+            whole = layer.out.clone()
+            for first in (0, n_token // 2, n_token - 8):
+                part = slice(first, first + 8)
+                is_right = (
+                    torch.equal(bits(whole[part]), bits(layer.few(part)))
+                    if layer.coded
+                    else torch.allclose(whole[part].double(), layer.exact(part), 0.02, 0.02)
+                )
+                if not is_right:
+                    faults.append(f"{quant}: tokens from {first} of {n_token}")
+        del layer
+    return faults
+
+
 # -------------------------------------------------------------------------------------------- time
 def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
     run()
@@ -333,6 +356,32 @@ class Layer:
             )  # fmt: skip
 
         return run
+
+    def few(self, part: slice) -> torch.Tensor:
+        """A call on some tokens of the latest call's."""
+        options = {"quant_activations": self.coded} if self.coded else {}
+        hidden = self.hidden[part]
+        out: torch.Tensor = moepad.fused_moe(
+            hidden, topk_weights=self.weights[part], topk_ids=self.ids[0][part],
+            n_inter=self.shape.n_inter, out=torch.empty_like(hidden), stream=stream(), **options,
+            **self.copies[0],
+        )  # fmt: skip
+        return out
+
+    def exact(self, part: slice) -> torch.Tensor:
+        """The same in float64, of 16-bit weights."""
+        n, (w13, w2) = self.shape.n_inter, (self.copies[0]["w13"], self.copies[0]["w2"])
+        rows = []
+        for x, weights, ids in zip(
+            self.hidden[part].double(), self.weights[part], self.ids[0][part], strict=True
+        ):
+            total = torch.zeros_like(x)
+            for weight, e in zip(weights.double(), ids.tolist(), strict=True):
+                both = w13[e].double() @ x
+                h = torch.nn.functional.silu(both[:n]) * both[self.n_inter_pad :][:n]
+                total += weight * (w2[e, :, :n].double() @ h)
+            rows.append(total)
+        return torch.stack(rows)
 
     def grouped(self) -> Callable[[int], object]:
         """The same by PyTorch's grouped products."""
@@ -452,6 +501,7 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, moepad {moepad.__version__}")
     checks = {
         "repeats": check_repeats,
+        "runs": check_runs,
         "quant": check_quant,
         "cases": functools.partial(check_cases, options.seconds),
     }
