@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,16 @@ def build(
     compiler: str, flags: Sequence[str], sources: Sequence[str], target: Path, folder: Path
 ) -> None:
     """Compile `sources` (paths from the root), each with its own ISA flags, and link `target`."""
-    objects = []
-    for source in sources:
-        objects.append(str(folder / (Path(source).name + ".o")))
+
+    def compiled(source: str) -> str:
+        result = str(folder / (Path(source).name + ".o"))
         isa = ISA_FLAGS.get(source, [])
         common = [*CFLAGS, "-Werror", "-D_GNU_SOURCE", "-Icsrc"]
-        _run([compiler, *common, *flags, *isa, "-c", source, "-o", objects[-1]])
+        _run([compiler, *common, *flags, *isa, "-c", source, "-o", result])
+        return result
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, sources))
     _run([compiler, *flags, *objects, "-o", str(target), "-pthread", "-lm"])
 
 

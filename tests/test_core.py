@@ -31,7 +31,7 @@ def run_core(
     emulator: Sequence[str] = (),
     options: Sequence[str] = (),
 ) -> None:
-    sources = [*CORE, *(ISA_FLAGS if with_isa else ()), "tests/c/test_core.c"]
+    sources = [*(ISA_FLAGS if with_isa else ()), *CORE, "tests/c/test_core.c"]
     target = folder / "test_core"
     build(compiler, flags, sources, target, folder)
     environment = {
