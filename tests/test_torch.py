@@ -468,13 +468,13 @@ def cpu_microseconds(call: Callable[[], object], n_call: int = 200) -> float:
 
 
 def test_overhead(n_thread: Callable[[int], None]) -> None:
-    """Less than 8 microseconds on top of the C function, whose own cost test_tensors.py holds."""
+    """At most twice the C function's cost on top of it, which test_tensors.py holds."""
     n_thread(1)
     tensors, _ = arguments(Case("tiny", "overhead", n_token=1, n_hidden=8, n_inter=4))
     with torch.no_grad():
         function = cpu_microseconds(lambda: moepad.fused_moe(*tensors))
         operator = cpu_microseconds(lambda: fused_moe(*tensors))
-    assert operator - function < 8, f"function {function:.1f}, operator {operator:.1f}"
+    assert operator < 3 * function, f"function {function:.1f}, operator {operator:.1f}"
 
 
 def test_only_its_import_brings_torch() -> None:
