@@ -171,10 +171,8 @@ def test_fork_while_another_thread_computes(n_thread: SetThreads) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", sorted(multiprocessing.get_all_start_methods()))
 def test_multiprocessing(method: str) -> None:
-    if method not in multiprocessing.get_all_start_methods():
-        pytest.skip(f"this system has no {method}")
     expected = _bits()
     context: Any = multiprocessing.get_context(method)
     with context.Pool(2) as pool:
