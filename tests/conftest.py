@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import os
 import shutil
@@ -114,6 +115,15 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if before is None:
         del os.environ["MOEPAD_CACHE"]
+
+
+@pytest.fixture
+def young() -> Iterator[None]:
+    """Garbage is looked for among the test's own objects, not among millions of decoded kernels."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def in_child(function: Callable[[], object], seconds: int = 120) -> None:

@@ -137,6 +137,7 @@ def test_capture(
     fakehip.call("hipStreamDestroy", ctypes.c_void_p(handle))
 
 
+@pytest.mark.usefixtures("young")
 def test_every_call_may_fail(
     on_device: dict[str, Any], out: fakehip.DeviceArray, workspace: fakehip.DeviceArray
 ) -> None:

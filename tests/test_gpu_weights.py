@@ -190,6 +190,7 @@ CALLS = [
 ]
 
 
+@pytest.mark.usefixtures("young")
 @pytest.mark.parametrize("function", CALLS)
 def test_a_fault_in_a_call_of_a_load(function: str) -> None:
     """Names call and code, leaves nothing allocated, and the next load works."""
