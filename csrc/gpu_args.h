@@ -31,6 +31,16 @@ enum { MPAD_GPU_F32, MPAD_GPU_BF16, MPAD_GPU_F16, MPAD_GPU_I32, MPAD_GPU_I64, MP
 /* Same order as MPAD_ACT_LIST. */
 enum { MPAD_GPU_SILU, MPAD_GPU_GELU, MPAD_GPU_GELU_TANH, MPAD_GPU_SWIGLUOAI, MPAD_GPU_RELU2 };
 
+/* What quantised weights are: int8 or value + 8, floats of a format that some target converts, or
+ * floats as mpad_gpu_stored_float says, which these are too. */
+enum {
+    MPAD_GPU_VALUES_INTEGER,
+    MPAD_GPU_VALUES_E4M3FN,
+    MPAD_GPU_VALUES_E5M2,
+    MPAD_GPU_VALUES_E2M1,
+    MPAD_GPU_VALUES_OTHER,
+};
+
 /* One run of rows of one expert: positions [first, first + rows) of the sorted order. */
 typedef struct mpad_gpu_job {
     int expert, first, rows, unused;
@@ -45,7 +55,7 @@ typedef struct mpad_gpu_scale {
     int type;
 } mpad_gpu_scale;
 
-/* How a stored float becomes T (hip/stored.h), for two of them in the halves of a word: its fields
+/* How a float8 becomes T (hip/stored.h), for two of them in the halves of a word: its fields
  * move right by `shift` from the top, then times `factor`. A byte b is NaN or infinite where
  * (((b ^ special_xor) & 0x7f) + special_add) & (b | special_keep) has bit 7: `special` is then set.
  */
@@ -117,8 +127,8 @@ typedef struct mpad_gpu_args {
 
     mpad_gpu_scale w13_scale, w2_scale;
     mpad_gpu_stored_float stored_float;
-    int is_weight_integer; /* int8, value + 8; else floats as stored_float says */
-    int is_weight_e5m2;
+    int weight_values;           /* MPAD_GPU_VALUES_... */
+    int is_w13_wide, is_w2_wide; /* quantised: rows start on 16 bytes and end with some */
 
     mpad_gpu_codes x, h;
     float code_largest;      /* of the format of codes; integers where the weights are */
@@ -158,17 +168,19 @@ MPAD_SHARED_FN int mpad_lds_sort(int n_pair, int n_expert)
     return n_pair > 0 ? mpad_lds_round((6 * n_pair + 2 * n_expert + 1) * 4) : 0;
 }
 
-MPAD_SHARED_FN int mpad_lds_token_pitch(int n_hidden, int pitch)
+/* Rows have room for what meets 64 bytes of weights of n_bit each. */
+MPAD_SHARED_FN int mpad_lds_token_pitch(int n_hidden, int n_bit, int pitch)
 {
-    return (n_hidden * 2 + 127) / 128 * 128 + pitch;
+    int unit = n_bit < 8 ? 256 : 128;
+    return (n_hidden * 2 + unit - 1) / unit * unit + pitch;
 }
 
 MPAD_SHARED_FN int mpad_lds_gate_up(int n_pair_inline, int n_expert, int n_hidden, int n_row,
-                                    int pitch, int n_token_tile)
+                                    int n_bit, int pitch, int n_token_tile)
 {
     return mpad_lds_sort(n_pair_inline, n_expert) +
            2 * MPAD_STREAM_WAVES * MPAD_STREAM_COLUMNS * n_token_tile * 4 +
-           mpad_lds_round(n_row * mpad_lds_token_pitch(n_hidden, pitch));
+           mpad_lds_round(n_row * mpad_lds_token_pitch(n_hidden, n_bit, pitch));
 }
 
 MPAD_SHARED_FN int mpad_lds_down(int n_pair, int n_pair_inline, int n_expert)

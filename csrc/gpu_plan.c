@@ -226,6 +226,14 @@ static bool is_vector_down(const mpad_moe *moe)
            moe->n_inter % 8 == 0;
 }
 
+/* Rows of n_k quantised weights start on 16 bytes and end with some. */
+static bool is_wide(const void *pointer, int bits, int64_t ld0, int64_t ld1, int64_t ld2,
+                    int64_t n_k)
+{
+    return bits < Plain && (uintptr_t)pointer % 16 == 0 && ld0 % 16 == 0 && ld1 % 16 == 0 &&
+           ld2 % 16 == 0 && n_k * bits % 128 == 0;
+}
+
 /* Bytes of one expert's weights, up to the last logical element. */
 static int64_t expert_bytes(int bits, int64_t last_row, int64_t n_column)
 {
@@ -244,7 +252,7 @@ static int64_t w2_bytes(const mpad_moe *moe)
     return expert_bytes(weight_bits(moe), (moe->n_hidden - 1) * moe->w2_ld_row, moe->n_inter);
 }
 
-/* How each float8 and float4 becomes bf16 and f16; see mpad_gpu_stored_float. A row's numbers
+/* How each float8 becomes bf16 and f16; see mpad_gpu_stored_float. A row's numbers
  * follow from the formats: the shift from their bits of mantissa, the factor from their biases. */
 static const struct {
     mpad_dtype stored, dtype;
@@ -257,8 +265,6 @@ static const struct {
     {MPAD_DTYPE_F8_E4M3FNUZ, MPAD_DTYPE_F16, 1, 0x5800, 0x7f, 0x01, 0, 0x7e00},
     {MPAD_DTYPE_F8_E5M2, MPAD_DTYPE_BF16, 3, 0x7780, 0, 0x04, 0x80, 0x7f80},
     {MPAD_DTYPE_F8_E5M2, MPAD_DTYPE_F16, 0, 0x3c00, 0, 0, 0x80, 0}, /* the high byte of an f16 */
-    {MPAD_DTYPE_U8, MPAD_DTYPE_BF16, 6, 0x7e80, 0, 0, 0, 0},        /* e2m1: none is special */
-    {MPAD_DTYPE_U8, MPAD_DTYPE_F16, 3, 0x7400, 0, 0, 0, 0},
 };
 
 static mpad_gpu_stored_float stored_float(const mpad_moe *moe)
@@ -274,6 +280,16 @@ static mpad_gpu_stored_float stored_float(const mpad_moe *moe)
                 .special = FLOATS[i].special,
             };
     return (mpad_gpu_stored_float){0};
+}
+
+static int weight_values(const mpad_moe *moe)
+{
+    if (moe->quant == MPAD_QUANT_INT8_CHANNEL || moe->quant == MPAD_QUANT_INT4_GROUP)
+        return MPAD_GPU_VALUES_INTEGER;
+    return moe->weight_dtype == MPAD_DTYPE_F8_E4M3FN ? MPAD_GPU_VALUES_E4M3FN
+           : moe->weight_dtype == MPAD_DTYPE_F8_E5M2 ? MPAD_GPU_VALUES_E5M2
+           : moe->weight_dtype == MPAD_DTYPE_U8      ? MPAD_GPU_VALUES_E2M1
+                                                     : MPAD_GPU_VALUES_OTHER;
 }
 
 static bool is_power_of_two(int64_t n)
@@ -426,7 +442,7 @@ static mpad_code plan_stream(const mpad_gpu_target *target, const mpad_moe *moe,
     while (n_row < want)
         n_row *= 2;
     for (;; n_row /= 2) {
-        lds = mpad_lds_gate_up(n_inline, (int)moe->n_expert, (int)moe->n_hidden, n_row,
+        lds = mpad_lds_gate_up(n_inline, (int)moe->n_expert, (int)moe->n_hidden, n_row, bits,
                                target->lds_pitch, target->token_tile);
         if (lds * 2 + 2048 <= target->lds_multiprocessor || n_row == 1)
             break;
@@ -773,9 +789,11 @@ void mpad_gpu_args_make(const mpad_gpu_plan *plan, const mpad_moe *moe, const vo
         .w13_scale = scale_make(&moe->w13_scale),
         .w2_scale = scale_make(&moe->w2_scale),
         .stored_float = stored_float(moe),
-        .is_weight_integer =
-            moe->quant == MPAD_QUANT_INT8_CHANNEL || moe->quant == MPAD_QUANT_INT4_GROUP,
-        .is_weight_e5m2 = moe->weight_dtype == MPAD_DTYPE_F8_E5M2,
+        .weight_values = weight_values(moe),
+        .is_w13_wide = is_wide(moe->w13, weight_bits(moe), moe->w13_ld_expert, moe->w13_ld_row,
+                               up_offset, moe->n_hidden),
+        .is_w2_wide =
+            is_wide(moe->w2, weight_bits(moe), moe->w2_ld_expert, moe->w2_ld_row, 0, moe->n_inter),
         .is_code_byte = plan->is_code_byte,
         .x = codes_make(&plan->x, moe->x_scale, workspace),
         .h = codes_make(&plan->h, moe->h_scale, workspace),

@@ -131,11 +131,50 @@ DEV u16 float_to_bfloat(float f)
     asm("cvt.rn.bf16.f32 %0,%1;" : "=h"(v) : "f"(f));
     return v;
 }
-// The bytes of b above those of a, numbered from 0: bytes I and J, each twice.
-template <int I, int J> DEV u32 bytes_twice(u32 a, u32 b)
+// The bytes of b above those of a, numbered from 0: four of them.
+template <int I, int J, int K, int L> DEV u32 bytes_of(u32 a, u32 b)
 {
-    return __byte_perm(a, b, I | I << 4 | J << 8 | J << 12);
+    return __byte_perm(a, b, I | J << 4 | K << 8 | L << 12);
 }
+// The eight nibbles of a word, in two words as the next two functions take four of them.
+DEV void nibbles_split(u32 w, u32 (&four)[2])
+{
+    four[0] = w;
+    four[1] = w >> 16;
+}
+// Of a table of eight bytes the one that each nibble's low three bits number; their high bits, as
+// those of bytes.
+DEV u32 nibbles_look_up(u32 four, u32 table_lo, u32 table_hi)
+{
+    return __byte_perm(table_lo, table_hi, four & 0x7777u);
+}
+DEV u32 nibbles_high(u32 four)
+{
+    u32 v; // a number with its high bit set takes a byte's sign for all of its bits
+    asm("prmt.b32 %0,%1,%1,%2;" : "=r"(v) : "r"(0x7f7f7f7fu), "r"(four));
+    return ~(v << 1) & 0x80808080u;
+}
+#    if __CUDA_ARCH__ >= 890
+#        define MPAD_HAVE_E4M3 1
+// Two e4m3fn in the low bytes of v as f16, and two f16 as bf16 where both types hold them.
+DEV u32 e4m3_pair_to_half(u32 v)
+{
+    u32 h;
+    asm("cvt.rn.f16x2.e4m3x2 %0,%1;" : "=r"(h) : "h"((u16)v));
+    return h;
+}
+DEV u32 half_pair_to_bfloat(u32 h)
+{
+    u32 v;
+    asm("{.reg .b16 l,h; .reg .f32 x,y;\n"
+        "mov.b32 {l,h},%1;\n"
+        "cvt.f32.f16 x,l; cvt.f32.f16 y,h;\n"
+        "cvt.rn.bf16x2.f32 %0,y,x;}"
+        : "=r"(v)
+        : "r"(h));
+    return v;
+}
+#    endif
 // Two 16-bit numbers in a word: products that need no rounding, differences likewise.
 DEV u32 bfloat_pair_mul(u32 a, u32 b)
 {
@@ -333,9 +372,23 @@ DEV u16 float_to_bfloat(float f)
         return (u16)(x >> 16 | 0x40u);
     return (u16)((x + 0x7fffu + (x >> 16 & 1u)) >> 16);
 }
-template <int I, int J> DEV u32 bytes_twice(u32 a, u32 b)
+template <int I, int J, int K, int L> DEV u32 bytes_of(u32 a, u32 b)
 {
-    return __builtin_amdgcn_perm(b, a, (u32)(I * 0x0101 | J * 0x01010000));
+    return __builtin_amdgcn_perm(b, a, (u32)(I | J << 8 | K << 16 | L << 24));
+}
+DEV void nibbles_split(u32 w, u32 (&four)[2]) // to bytes
+{
+    u32 even = w & 0x0f0f0f0fu, odd = w >> 4 & 0x0f0f0f0fu;
+    four[0] = bytes_of<0, 4, 1, 5>(even, odd);
+    four[1] = bytes_of<2, 6, 3, 7>(even, odd);
+}
+DEV u32 nibbles_look_up(u32 four, u32 table_lo, u32 table_hi)
+{
+    return __builtin_amdgcn_perm(table_hi, table_lo, four & 0x07070707u);
+}
+DEV u32 nibbles_high(u32 four)
+{
+    return four << 4 & 0x80808080u;
 }
 DEV u32 bfloat_pair_of(float lo, float hi)
 {

@@ -19,9 +19,9 @@ DEV float code_nearest(const mpad_gpu_args &a, float v)
     float largest = a.code_largest;
     v = v > largest ? largest : v < -largest ? -largest : v;
     int exponent = (int)(float_bits(v) >> 23 & 255u) - 127;
-    exponent = a.is_weight_integer                ? 3
-               : exponent < a.code_least_exponent ? a.code_least_exponent
-                                                  : exponent;
+    exponent = a.weight_values == MPAD_GPU_VALUES_INTEGER ? 3
+               : exponent < a.code_least_exponent         ? a.code_least_exponent
+                                                          : exponent;
     float unit = bits_float((u32)(exponent - 3 + 23 + 127) << 23 | 0x400000u); // 1.5 * 2^...
     return (v + unit) - unit;
 }
@@ -31,7 +31,8 @@ template <class T> DEV void codes_store(const mpad_gpu_args &a, char *row, int a
 {
 #if MPAD_HAVE_BYTES
     if (a.is_code_byte) {
-        u64 bytes = a.is_weight_integer ? int8_bytes(v) : e4m3_bytes(v);
+        bool is_integer = a.weight_values == MPAD_GPU_VALUES_INTEGER;
+        u64 bytes = is_integer ? int8_bytes(v) : e4m3_bytes(v);
         *(u64 *)(row + at) = bytes;
         return;
     }

@@ -15,9 +15,10 @@ template <class T, class W, bool VECTOR, int WANTED, class FORM>
 DEV void down_stream(const mpad_gpu_args &a, FORM)
 {
     // Where a fragment takes 4 chunks a lane, 6 slabs fill the registers.
-    constexpr int DEPTH = WEIGHT_CHUNKS < 4 || WANTED < 6 ? WANTED : 6;
-    constexpr int FETCH = fetch_slabs<W, VECTOR>();
-    static_assert(DEPTH % FETCH == 0, "whole fetches");
+    constexpr int FITS = flight_depth<W, FORM>(WANTED);
+    constexpr int DEPTH = WEIGHT_CHUNKS < 4 || FITS < 6 ? FITS : 6;
+    typedef Flight<T, W, VECTOR, FORM, DEPTH> Weights;
+    constexpr int GROUP = Weights::GROUP;
     constexpr int WAVES = MPAD_STREAM_WAVES, THREADS = WAVES * WAVE, COLUMNS = MPAD_STREAM_COLUMNS;
     args_prefetch(a);
     launch_release();
@@ -35,58 +36,54 @@ DEV void down_stream(const mpad_gpu_args &a, FORM)
 
     int n_slab = (a.n_inter + 31) / 32, n_group = (n_slab + DEPTH - 1) / DEPTH;
     int n_each = n_group ? (n_slab + n_group - 1) / n_group : 0;
+    n_each = (n_each + GROUP - 1) / GROUP * GROUP;
     constexpr bool SCALED = W::BITS < 16;
     constexpr int ITEM = SCALED ? 1 : 2; // bytes of a stored element
-    Run weight_run[WEIGHT_CHUNKS], inter_run[TOKEN_CHUNKS];
-    i64 scale_at = 0;  // of column column0 + lane % 16 of out
-    u32 row_scale = 0; // where it is the same for all columns of W2
-    int slab_first = 0, k_end = 0;
-    bool have_scale = column0 + (lane & 15) < a.n_hidden;
+    Weights w;
+    Run inter_run[TOKEN_CHUNKS];
+    u32 row_scale = 0; // of column column0 + lane % 16 of out, where it is the same for all of W2
     Buffer inter = buffer_make(a.inter, (u32)(a.n_pair * a.ld_inter) * 2);
     auto aim = [&](const Job &job, int slab, int slab_end) {
         Buffer weights =
             buffer_make((const char *)a.w2 + job.expert * a.w2_ld_expert * ITEM, (u32)a.w2_bytes);
-        int end = slab_end * 32 < a.n_inter ? slab_end * 32 : a.n_inter;
+        int end = slab_end * 32 < a.n_inter ? slab_end * 32 : a.n_inter, left = end - slab * 32;
         UNROLL for (int i = 0; i < WEIGHT_CHUNKS; i++)
         {
-            int n = column0 + weight_row(i, lane), c = slab * 4 + weight_chunk(i, lane);
-            weight_run[i] = run_make(weights, (u32)(n * a.w2_ld_row) * ITEM + c * W::BITS,
-                                     n < a.n_hidden ? end - c * 8 : 0);
+            int n = column0 + weight_row(i, lane);
+            w.run[i] =
+                run_make(weights, (u32)(n * a.w2_ld_row) * ITEM + slab * 4 * W::BITS + w.lane_at(i),
+                         n < a.n_hidden ? left - w.lane_k(i) : 0);
         }
         if constexpr (SCALED) {
-            scale_at = scale_row(a.w2_scale, job.expert, 0, column0 + (lane & 15));
-            slab_first = slab;
-            k_end = end;
-            if (!FORM::by_column(a.w2_scale))
-                row_scale = scale_load(a.w2_scale, scale_at, 0, have_scale && slab * 32 < end);
+            w.k = slab * 32;
+            w.end = end;
+            UNROLL for (int i = 0; i < w.SCALE_ROWS; i++)
+            {
+                int n = column0 + w.lane_scale_row(i);
+                n = n < a.n_hidden ? n : a.n_hidden - 1; // no other row's are read
+                w.scale_at[i] = scale_row(a.w2_scale, job.expert, 0, n);
+            }
+            if (!FORM::is_folded && !FORM::by_column(a.w2_scale))
+                row_scale = scale_load(a.w2_scale, w.scale_at[0], 0, true);
         }
         // Lanes beyond the job's rows read its last row: their sums are never stored.
         UNROLL for (int i = 0; i < TOKEN_CHUNKS; i++)
         {
-            int r = token_row(i, lane), c = slab * 4 + token_chunk(i, lane);
+            int r = token_row(i, lane), first = w.token_chunk_of(i, 0) * 8;
             int m = job.first + (r < job.rows ? r : job.rows - 1);
-            inter_run[i] = run_make(inter, (u32)(m * (int)a.ld_inter) * 2 + c * 16, end - c * 8);
+            inter_run[i] =
+                run_make(inter, (u32)(m * (int)a.ld_inter + slab * 32 + first) * 2, left - first);
         }
     };
-    struct Slab {
-        Stored<W> w[WEIGHT_CHUNKS];
-        u32 scale;
-    };
-    auto fetch_weights = [&](Slab &f, int s) {
-        UNROLL for (int i = 0; i < WEIGHT_CHUNKS; i++) f.w[i] =
-            run_stored<W, VECTOR>(weight_run[i], s);
-        if (SCALED && FORM::by_column(a.w2_scale)) {
-            int k = (slab_first + s) * 32;
-            f.scale = scale_load_as<FORM>(a.w2_scale, scale_at, k, have_scale && k < k_end);
+    TokenFrag x[DEPTH];
+    auto fetch_inter = [&](int at) { // those of the group at w[at]
+        UNROLL for (int p = 0; p < GROUP; p++) UNROLL for (int i = 0; i < TOKEN_CHUNKS; i++)
+        {
+            int chunk = at * 4 + w.token_chunk_of(i, p) - w.token_chunk_of(i, 0);
+            x[at + p].c[i] = run_chunk<true, false>(inter_run[i], chunk);
         }
-    };
-    auto fetch_inter = [&](TokenFrag &x, int s) {
-        UNROLL for (int i = 0; i < TOKEN_CHUNKS; i++) x.c[i] =
-            run_chunk<true, false>(inter_run[i], s);
     };
 
-    Slab w[DEPTH];
-    TokenFrag x[DEPTH];
     int j = wave, group = 0;
     bool any = j < n_job && n_slab > 0;
     Job job = {0, 0, 1};
@@ -94,11 +91,11 @@ DEV void down_stream(const mpad_gpu_args &a, FORM)
         job = sorted_job(a, sorted, j);
     if (any) {
         aim(job, 0, n_each);
-        UNROLL for (int i = 0; i < DEPTH; i++) fetch_weights(w[i], i);
+        UNROLL for (int i = 0; i < DEPTH; i += GROUP) w.fetch(a.w2_scale, i, i);
     }
     launch_wait();
     if (any) {
-        UNROLL for (int i = 0; i < DEPTH; i++) fetch_inter(x[i], i);
+        UNROLL for (int i = 0; i < DEPTH; i += GROUP) fetch_inter(i);
     }
     Acc acc = acc_zero();
     NO_UNROLL while (j < n_job)
@@ -112,34 +109,16 @@ DEV void down_stream(const mpad_gpu_args &a, FORM)
             int slab = next_group * n_each, slab_end = slab + n_each;
             u32 this_scale = row_scale;
             aim(next, slab, next_j >= n_job ? slab : slab_end);
-            Acc group_acc = acc_zero();
-            UNROLL for (int i = 0; i < DEPTH; i += FETCH)
+            Acc sum = acc_zero();
+            UNROLL for (int i = 0; i < DEPTH; i += GROUP)
             {
-                Stored<W> stored[FETCH * WEIGHT_CHUNKS];
-                u4 chunk[FETCH * WEIGHT_CHUNKS];
-                UNROLL for (int p = 0; p < FETCH * WEIGHT_CHUNKS; p++) stored[p] =
-                    w[i + p / WEIGHT_CHUNKS].w[p % WEIGHT_CHUNKS];
-                chunks_decode<T, FORM>(a, chunk, stored);
-                UNROLL for (int p = 0; p < FETCH; p++)
-                {
-                    WeightFrag weights;
-                    UNROLL for (int q = 0; q < WEIGHT_CHUNKS; q++) weights.c[q] =
-                        chunk[p * WEIGHT_CHUNKS + q];
-                    if (SCALED && FORM::by_column(a.w2_scale)) {
-                        Acc part = acc_zero();
-                        ::slab<T>(part, x[i + p], weights);
-                        acc_scale(acc, part, scale_value_as<FORM>(a.w2_scale, w[i + p].scale));
-                    } else
-                        ::slab<T>(SCALED ? group_acc : acc, x[i + p], weights);
-                }
-                UNROLL for (int p = 0; p < FETCH; p++)
-                {
-                    fetch_weights(w[i + p], i + p);
-                    fetch_inter(x[i + p], i + p);
-                }
+                w.multiply(a, a.w2_scale, acc, SCALED && !FORM::is_folded ? sum : acc, i,
+                           [&](int p) { return x[i + p]; });
+                w.fetch(a.w2_scale, i, i);
+                fetch_inter(i);
             }
-            if (SCALED && !FORM::by_column(a.w2_scale))
-                acc_scale(acc, group_acc, scale_value(a.w2_scale, this_scale));
+            if (SCALED && !FORM::is_folded && !FORM::by_column(a.w2_scale))
+                acc_scale(acc, sum, scale_value(a.w2_scale, this_scale));
         }
         if (last) {
             UNROLL for (int i = 0; i < ACC; i++)
@@ -184,7 +163,7 @@ DEV void down_stream(const mpad_gpu_args &a, FORM)
 #define MPAD_DOWN_STREAM(NAME, TYPE, WEIGHTS, VECTOR, DEPTH, BLOCKS)                               \
     MPAD_KERNEL(MPAD_STREAM_WAVES *WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                   \
     {                                                                                              \
-        form_select<WEIGHTS>(a, a.w2_scale, [&](auto form) {                                       \
+        form_select<TYPE, WEIGHTS, VECTOR>(a, a.w2_scale, a.is_w2_wide, [&](auto form) {           \
             down_stream<TYPE, WEIGHTS, VECTOR, DEPTH>(a, form);                                    \
         });                                                                                        \
     }

@@ -11,11 +11,12 @@
 // tiles; its waves split n_hidden and their sums meet in LDS in wave order. A wave keeps DEPTH
 // slabs of weights on the way, across tile borders, each with the scales of its rows where those
 // differ by column. LDS: the sorted order, sums [2][waves][tokens][16] float, rows of tokens.
-template <class T, class W, bool VECTOR, int DEPTH, class FORM>
+template <class T, class W, bool VECTOR, int WANTED, class FORM>
 DEV void gate_up_stream(const mpad_gpu_args &a, FORM)
 {
-    constexpr int FETCH = fetch_slabs<W, VECTOR>();
-    static_assert(DEPTH % FETCH == 0, "whole fetches");
+    constexpr int DEPTH = flight_depth<W, FORM>(WANTED);
+    typedef Flight<T, W, VECTOR, FORM, DEPTH> Weights;
+    constexpr int GROUP = Weights::GROUP;
     constexpr int WAVES = MPAD_STREAM_WAVES, THREADS = WAVES * WAVE, COLUMNS = MPAD_STREAM_COLUMNS;
     constexpr int SUMS = WAVES * TOKENS * COLUMNS;
     args_prefetch(a);
@@ -26,7 +27,7 @@ DEV void gate_up_stream(const mpad_gpu_args &a, FORM)
     Lds lds = lds_base();
     Sorted sorted = sorted_make(lds, n_inline, a.n_expert);
     Lds sums = lds + mpad_lds_sort(n_inline, a.n_expert), tokens = sums + 2 * SUMS * 4;
-    int pitch = mpad_lds_token_pitch(a.n_hidden, LDS_PITCH);
+    int pitch = mpad_lds_token_pitch(a.n_hidden, W::BITS, LDS_PITCH);
 
     if (!a.is_sorted)
         sort_inline<THREADS>(a, sorted);
@@ -37,56 +38,45 @@ DEV void gate_up_stream(const mpad_gpu_args &a, FORM)
     if (work >= work_end)
         return;
 
-    int n_slab = (a.n_hidden + 31) / 32;
-    int slab0 = n_slab * wave / WAVES, slab1 = n_slab * (wave + 1) / WAVES;
+    int n_slab = (a.n_hidden + 31) / 32, n_group = (n_slab + GROUP - 1) / GROUP;
+    int slab0 = n_group * wave / WAVES * GROUP, slab1 = n_group * (wave + 1) / WAVES * GROUP;
     int element_end = slab1 * 32 < a.n_hidden ? slab1 * 32 : a.n_hidden;
 
     constexpr bool SCALED = W::BITS < 16;
     constexpr int ITEM = SCALED ? 1 : 2; // bytes of a stored element
-    Run run[WEIGHT_CHUNKS];
-    i64 scale_at = 0; // of lane's row lane % 16
-    bool have_scale = false;
-    u32 row_scale = 0; // where it is the same for all columns
-    int fetched = slab0;
+    Weights w;
+    u32 row_scale = 0; // of row lane % 16, where it is the same for all columns
     auto aim = [&](const Job &job, int tile, bool any) {
         Buffer weights = buffer_make((const char *)a.w13 + job.expert * a.w13_ld_expert * ITEM,
                                      (u32)a.w13_bytes);
+        auto half_of = [&](int r) { return a.is_gated ? r >> 3 : 0; };
+        auto column_of = [&](int r) { return a.is_gated ? tile * 8 + (r & 7) : tile * 16 + r; };
         UNROLL for (int i = 0; i < WEIGHT_CHUNKS; i++)
         {
-            int r = weight_row(i, lane), half = a.is_gated ? r >> 3 : 0;
-            int c = slab0 * 4 + weight_chunk(i, lane);
-            int column = a.is_gated ? tile * 8 + (r & 7) : tile * 16 + r;
-            u32 row = (u32)(column * a.w13_ld_row + half * a.w13_up_offset);
-            run[i] = run_make(weights, row * ITEM + c * W::BITS,
-                              any && column < a.n_inter ? element_end - c * 8 : 0);
+            int r = weight_row(i, lane), column = column_of(r);
+            u32 row = (u32)(column * a.w13_ld_row + half_of(r) * a.w13_up_offset);
+            w.run[i] =
+                run_make(weights, row * ITEM + slab0 * 4 * W::BITS + w.lane_at(i),
+                         any && column < a.n_inter ? element_end - slab0 * 32 - w.lane_k(i) : 0);
         }
         if constexpr (SCALED) {
-            int r = lane & 15, half = a.is_gated ? r >> 3 : 0;
-            int column = a.is_gated ? tile * 8 + (r & 7) : tile * 16 + r;
-            have_scale = any && column < a.n_inter;
-            scale_at = scale_row(a.w13_scale, job.expert, half, column);
-            fetched = slab0;
-            if (!FORM::by_column(a.w13_scale))
-                row_scale = scale_load(a.w13_scale, scale_at, 0, have_scale);
-        }
-    };
-    struct Slab {
-        Stored<W> w[WEIGHT_CHUNKS];
-        u32 scale;
-    };
-    auto fetch = [&](Slab &f, int s) {
-        UNROLL for (int i = 0; i < WEIGHT_CHUNKS; i++) f.w[i] = run_stored<W, VECTOR>(run[i], s);
-        if (SCALED && FORM::by_column(a.w13_scale)) {
-            int k = (fetched + s) * 32;
-            f.scale = scale_load_as<FORM>(a.w13_scale, scale_at, k, have_scale && k < element_end);
+            w.k = slab0 * 32;
+            w.end = element_end;
+            UNROLL for (int i = 0; i < w.SCALE_ROWS; i++)
+            {
+                int r = w.lane_scale_row(i), column = column_of(r);
+                column = column < a.n_inter ? column : a.n_inter - 1; // no other row's are read
+                w.scale_at[i] = scale_row(a.w13_scale, job.expert, half_of(r), column);
+            }
+            if (!FORM::is_folded && !FORM::by_column(a.w13_scale))
+                row_scale = scale_load(a.w13_scale, w.scale_at[0], 0, true);
         }
     };
 
     int j = work / n_tile, tile = work - j * n_tile, staged = -1;
     Job job = sorted_job(a, sorted, j), next = job;
-    Slab w[DEPTH];
     aim(job, tile, true);
-    UNROLL for (int i = 0; i < DEPTH; i++) fetch(w[i], i);
+    UNROLL for (int i = 0; i < DEPTH; i += GROUP) w.fetch(a.w13_scale, i, i);
 
     NO_UNROLL for (; work < work_end; work++)
     {
@@ -96,8 +86,8 @@ DEV void gate_up_stream(const mpad_gpu_args &a, FORM)
                 int token = pair_token(a, wave_uniform(sorted_pair(a, sorted, job.first + r)));
                 Buffer hidden =
                     buffer_make((const u16 *)a.hidden + token * a.ld_hidden, (u32)a.n_hidden * 2);
-                for (int c = t; c < n_slab * 4; c += THREADS) {
-                    Lds to = tokens + r * pitch + c * 16;
+                for (int c = t; c < n_group * GROUP * 4; c += THREADS) {
+                    Lds to = tokens + r * pitch + w.token_place(c) * 16;
                     int left = a.n_hidden - c * 8;
                     if constexpr (VECTOR)
                         stage16(to, hidden, (u32)c * 16, left > 0);
@@ -127,50 +117,33 @@ DEV void gate_up_stream(const mpad_gpu_args &a, FORM)
         }
         Acc acc = acc_zero();
         u32 this_scale = row_scale;
-        // FETCH slabs from w[i] on, those before `end`.
-        auto multiply = [&](int i, int slab_index, int end) {
-            Stored<W> stored[FETCH * WEIGHT_CHUNKS];
-            u4 chunk[FETCH * WEIGHT_CHUNKS];
-            UNROLL for (int p = 0; p < FETCH * WEIGHT_CHUNKS; p++) stored[p] =
-                w[i + p / WEIGHT_CHUNKS].w[p % WEIGHT_CHUNKS];
-            chunks_decode<T, FORM>(a, chunk, stored);
-            UNROLL for (int p = 0; p < FETCH; p++)
-            {
-                if (slab_index + p >= end)
-                    break;
+        // The group at w[i], which is that of slab s.
+        auto multiply = [&](int i, int s) {
+            w.multiply(a, a.w13_scale, acc, acc, i, [&](int p) {
                 TokenFrag x;
                 UNROLL for (int q = 0; q < TOKEN_CHUNKS; q++) x.c[q] =
-                    lds_read<u4>(row[q] + (slab_index + p) * 64);
-                WeightFrag weights;
-                UNROLL for (int q = 0; q < WEIGHT_CHUNKS; q++) weights.c[q] =
-                    chunk[p * WEIGHT_CHUNKS + q];
-                if (SCALED && FORM::by_column(a.w13_scale)) {
-                    Acc part = acc_zero();
-                    slab<T>(part, x, weights);
-                    acc_scale(acc, part, scale_value_as<FORM>(a.w13_scale, w[i + p].scale));
-                } else
-                    slab<T>(acc, x, weights);
-            }
+                    lds_read<u4>(row[q] + (s + p) * 64);
+                return x;
+            });
         };
         int s = slab0;
         NO_UNROLL for (; s + DEPTH < slab1; s += DEPTH)
         {
-            UNROLL for (int i = 0; i < WEIGHT_CHUNKS; i++) run_advance<W>(run[i], DEPTH);
-            fetched += DEPTH;
-            UNROLL for (int i = 0; i < DEPTH; i += FETCH)
+            w.advance(DEPTH);
+            UNROLL for (int i = 0; i < DEPTH; i += GROUP)
             {
-                multiply(i, s + i, s + DEPTH);
-                UNROLL for (int p = 0; p < FETCH; p++) fetch(w[i + p], i + p);
+                multiply(i, s + i);
+                w.fetch(a.w13_scale, i, i);
             }
         }
         aim(next, next_tile, more);
-        UNROLL for (int i = 0; i < DEPTH; i += FETCH)
+        UNROLL for (int i = 0; i < DEPTH; i += GROUP)
         {
             if (s + i < slab1)
-                multiply(i, s + i, slab1);
-            UNROLL for (int p = 0; p < FETCH; p++) fetch(w[i + p], i + p);
+                multiply(i, s + i);
+            w.fetch(a.w13_scale, i, i);
         }
-        if (SCALED && !FORM::by_column(a.w13_scale)) {
+        if (SCALED && !FORM::is_folded && !FORM::by_column(a.w13_scale)) {
             Acc part = acc;
             acc = acc_zero();
             acc_scale(acc, part, scale_value(a.w13_scale, this_scale));
@@ -222,7 +195,7 @@ DEV void gate_up_stream(const mpad_gpu_args &a, FORM)
 #define MPAD_GATE_UP_STREAM(NAME, TYPE, WEIGHTS, VECTOR, DEPTH, BLOCKS)                            \
     MPAD_KERNEL(MPAD_STREAM_WAVES *WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                   \
     {                                                                                              \
-        form_select<WEIGHTS>(a, a.w13_scale, [&](auto form) {                                      \
+        form_select<TYPE, WEIGHTS, VECTOR>(a, a.w13_scale, a.is_w13_wide, [&](auto form) {         \
             gate_up_stream<TYPE, WEIGHTS, VECTOR, DEPTH>(a, form);                                 \
         });                                                                                        \
     }

@@ -6,7 +6,8 @@
 
 #if MPAD_NVIDIA
 
-// Slabs of quantised weights whose loads stand side by side: whole sectors, 32 bytes of a row.
+// Slabs of quantised weights whose loads stand side by side, where a lane loads 8 of them: whole
+// sectors, 32 bytes of a row.
 constexpr int STORED_FETCH = 2;
 constexpr bool LOOP_PER_FORM = true; // of quantised weights: see form_select
 
@@ -184,14 +185,8 @@ DEV int lds_add(Lds p, int n)
 
 #endif
 
-// Slabs of a walk that are loaded together.
-template <class W, bool VECTOR> DEV constexpr int fetch_slabs()
-{
-    return VECTOR && W::BITS < 16 ? STORED_FETCH : 1;
-}
-
-// A lane's walk along one row: step s of the walk is the chunk 32 s elements on; elements from
-// `left` on, counted from the lane's first, are not read and give zeros.
+// A lane's walk along one row, of slabs or of chunks; elements from `left` on, counted from the
+// lane's first, are not read and give zeros.
 struct Run {
     Buffer b;
     u32 at;
@@ -206,7 +201,7 @@ DEV Run run_make(const Buffer &b, u32 at, int left)
     return {b, at, left};
 #endif
 }
-template <class W = Plain> DEV void run_advance(Run &r, int n)
+template <class W> DEV void run_advance(Run &r, int n) // by n slabs
 {
 #if MPAD_NVIDIA
     r.b.base += n * 4 * W::BITS;
@@ -217,10 +212,10 @@ template <class W = Plain> DEV void run_advance(Run &r, int n)
 }
 // VECTOR: rows start on the bytes of a chunk and `left` is a multiple of 8: one load; else one load
 // an element. ONCE: read once and by no kernel in flight written.
-template <bool VECTOR, bool ONCE> DEV u4 run_chunk(const Run &r, int s)
+template <bool VECTOR, bool ONCE> DEV u4 run_chunk(const Run &r, int n)
 {
-    int left = r.left - s * 32;
-    u32 at = r.at + (u32)s * 64;
+    int left = r.left - n * 8;
+    u32 at = r.at + (u32)n * 16;
     if constexpr (VECTOR) {
         return ONCE ? load16_stream(r.b, at, left > 0) : load16(r.b, at, left > 0);
     } else {
@@ -234,15 +229,15 @@ template <bool VECTOR, bool ONCE> DEV u4 run_chunk(const Run &r, int s)
         return c;
     }
 }
-// A chunk of weights. Where a row ends in the middle of a byte, its other half is a finite number
-// that meets a zero.
+// The chunk of weights of slab s. Where a row ends in the middle of a byte, its other half is a
+// finite number that meets a zero.
 template <class W, bool VECTOR> DEV Stored<W> run_stored(const Run &r, int s)
 {
     int left = r.left - s * 32;
     u32 at = r.at + (u32)(s * 4 * W::BITS);
     Stored<W> v;
     if constexpr (W::BITS == 16)
-        v = __builtin_bit_cast(Stored<W>, run_chunk<VECTOR, true>(r, s));
+        v = __builtin_bit_cast(Stored<W>, run_chunk<VECTOR, true>(r, 4 * s));
     else if constexpr (!VECTOR) {
         UNROLL for (int i = 0; i < W::BITS / 4; i++)
         {

@@ -23,43 +23,74 @@ DEV u32 float_special(const mpad_gpu_stored_float &f, u32 w)
            0x80808080u;
 }
 
-// What a kernel's inner loop knows of its weights when it is compiled: whether they are integers,
-// and how their scales go. Where the target has a loop per form, nothing is left to run time:
-// branches would keep the compiler from having the work of several slabs overlap.
-enum { SCALE_ROW, SCALE_COLUMN_E8M0, SCALE_COLUMN_FLOAT }; // one a row; by column of that type
+// What a kernel's inner loop knows of its weights when it is compiled: their values, how their
+// scales go, and how a lane loads them. Where the target has a loop per form, nothing is left to
+// run time for the usual ones: branches would keep the compiler from having the work of several
+// slabs overlap.
+enum {
+    SCALE_ROW,          // one a row
+    SCALE_FETCH,        // the same for the slabs that are loaded together
+    SCALE_FOLD,         // e8m0, one for 32 columns: a factor of the weights
+    SCALE_COLUMN_E8M0,  // one for 32 columns
+    SCALE_COLUMN_FLOAT, // of float32, bf16 or f16
+    SCALE_COLUMN        // of any type, or one a row
+};
 constexpr int AT_RUN_TIME = -1;
-template <int INTEGER, int SCALE> struct Form {
+// WIDE: a lane loads 16 bytes of a row at a time, so that memory is asked for 64 bytes in a row,
+// and gives a part of them to each of several slabs; tokens take the same order. Else it loads what
+// it gives to one slab.
+template <int VALUES, int SCALE, bool WIDE> struct Form {
     static constexpr int scale = SCALE;
-    static DEV bool is_integer(const mpad_gpu_args &a)
+    static constexpr bool is_wide = WIDE, is_folded = SCALE == SCALE_FOLD;
+    static DEV bool has(const mpad_gpu_args &a, int values)
     {
-        return INTEGER == AT_RUN_TIME ? a.is_weight_integer != 0 : INTEGER != 0;
+        return VALUES == AT_RUN_TIME ? a.weight_values == values : VALUES == values;
     }
     static DEV bool by_column(const mpad_gpu_scale &s)
     {
-        return SCALE == AT_RUN_TIME ? s.ld_column != 0 : SCALE != SCALE_ROW;
+        return SCALE == AT_RUN_TIME ? s.ld_column != 0 : SCALE != SCALE_ROW && !is_folded;
     }
 };
+typedef Form<AT_RUN_TIME, AT_RUN_TIME, false> AnyForm;
 
-// Calls f with the form of the call's weights, of which `scale` has the scales.
-template <class W, class F>
-DEV void form_select(const mpad_gpu_args &a, const mpad_gpu_scale &scale, F f)
+// Calls f with the form of the call's weights, of which `scale` has the scales. VECTOR: rows start
+// on the bytes of a chunk; wide: on 16, and end with some.
+template <class T, class W, bool VECTOR, class F>
+DEV void form_select(const mpad_gpu_args &a, const mpad_gpu_scale &scale, bool wide, F f)
 {
+    constexpr int INTEGER = MPAD_GPU_VALUES_INTEGER, E4M3 = MPAD_GPU_VALUES_E4M3FN,
+                  E2M1 = MPAD_GPU_VALUES_E2M1, COLUMNS = 512 / W::BITS;
+    bool is_integer = a.weight_values == INTEGER, by_row = scale.ld_column == 0;
+    bool is_e8m0 = scale.type == MPAD_GPU_E8M0;
+    bool is_one = 1 << scale.column_log2 >= COLUMNS && scale.column_phase % COLUMNS == 0;
     if constexpr (W::BITS == 16)
-        return f(Form<false, SCALE_ROW>());
-    else if constexpr (!LOOP_PER_FORM)
-        return f(Form<AT_RUN_TIME, AT_RUN_TIME>());
+        return f(Form<MPAD_GPU_VALUES_OTHER, SCALE_ROW, false>());
+    else if constexpr (!LOOP_PER_FORM || !VECTOR)
+        return f(AnyForm());
     else if constexpr (W::BITS == 8) {
-        if (a.is_weight_integer)
-            return f(Form<true, SCALE_ROW>());
-        if (scale.ld_column == 0)
-            return f(Form<false, SCALE_ROW>());
-        if (scale.type == MPAD_GPU_E8M0)
-            return f(Form<false, SCALE_COLUMN_E8M0>());
-        return f(Form<false, SCALE_COLUMN_FLOAT>());
+        if (wide && is_integer)
+            return f(Form<INTEGER, SCALE_ROW, true>());
+        if (wide && a.weight_values == E4M3) {
+            if (by_row)
+                return f(Form<E4M3, SCALE_ROW, true>());
+            if constexpr (T::HOLDS_E8M0) {
+                if (is_e8m0)
+                    return f(Form<E4M3, SCALE_FOLD, true>());
+            }
+            if (!is_e8m0 && is_one)
+                return f(Form<E4M3, SCALE_FETCH, true>());
+        }
+        return f(Form<AT_RUN_TIME, SCALE_COLUMN, false>());
     } else {
-        if (a.is_weight_integer)
-            return f(Form<true, SCALE_COLUMN_FLOAT>());
-        return f(Form<false, SCALE_COLUMN_E8M0>());
+        if (is_integer && wide && is_one)
+            return f(Form<INTEGER, SCALE_FETCH, true>());
+        if (is_integer)
+            return f(Form<INTEGER, SCALE_COLUMN_FLOAT, false>());
+        if constexpr (T::HOLDS_E8M0) {
+            if (wide)
+                return f(Form<E2M1, SCALE_FOLD, true>());
+        }
+        return f(Form<E2M1, SCALE_COLUMN_E8M0, false>());
     }
 }
 
@@ -67,73 +98,97 @@ DEV void form_select(const mpad_gpu_args &a, const mpad_gpu_scale &scale, F f)
 // bytes do not count.
 DEV u32 chunk_pair(const Stored<Bytes> &s, int i)
 {
-    return i & 1 ? bytes_twice<2, 3>(s.x[i / 2], 0) : bytes_twice<0, 1>(s.x[i / 2], 0);
+    return i & 1 ? bytes_of<2, 2, 3, 3>(s.x[i / 2], 0) : bytes_of<0, 0, 1, 1>(s.x[i / 2], 0);
 }
 
-template <class T, bool INTEGER> DEV u4 chunk_decode(const mpad_gpu_args &, const Stored<Plain> &s)
+template <class T, int VALUES> DEV u4 chunk_decode(const mpad_gpu_args &, const Stored<Plain> &s)
 {
     return __builtin_bit_cast(u4, s);
 }
 
-// Floats that are NaN or infinite become finite: see chunk_special.
-template <class T, bool INTEGER> DEV u4 chunk_decode(const mpad_gpu_args &a, const Stored<Bytes> &s)
+// Floats that are NaN or infinite become finite where the target does not convert them: see
+// chunk_special.
+template <class T, int VALUES> DEV u4 chunk_decode(const mpad_gpu_args &a, const Stored<Bytes> &s)
 {
     u4 c;
     UNROLL for (int i = 0; i < 4; i++)
     {
+#if MPAD_HAVE_E4M3
+        if constexpr (VALUES == MPAD_GPU_VALUES_E4M3FN) {
+            c[i] = T::from_e4m3(s.x[i / 2] >> 16 * (i & 1));
+            continue;
+        }
+#endif
         u32 v = chunk_pair(s, i);
-        c[i] = INTEGER ? integer_pair<T>(v & 0x007f007fu, v & 0x00800080u)
-                       : float_pair<T>(a.stored_float, v);
+        c[i] = VALUES == MPAD_GPU_VALUES_INTEGER ? integer_pair<T>(v & 0x007f007fu, v & 0x00800080u)
+                                                 : float_pair<T>(a.stored_float, v);
     }
     return c;
 }
 
-template <class T, bool INTEGER>
-DEV u4 chunk_decode(const mpad_gpu_args &a, const Stored<Nibbles> &s)
+template <class T, int VALUES> DEV u4 chunk_decode(const mpad_gpu_args &, const Stored<Nibbles> &s)
 {
-    u32 even = s.x[0] << 4 & 0xf0f0f0f0u, odd = s.x[0] & 0xf0f0f0f0u;
-    u32 v[4] = {bytes_twice<0, 4>(even, odd), bytes_twice<1, 5>(even, odd),
-                bytes_twice<2, 6>(even, odd), bytes_twice<3, 7>(even, odd)};
     u4 c;
-    UNROLL for (int i = 0; i < 4; i++) c[i] =
-        INTEGER ? integer_pair<T>(v[i] >> 4 & 0x000f000fu, 0x00080008u)
-                : float_pair<T>(a.stored_float, v[i]);
+    if constexpr (VALUES == MPAD_GPU_VALUES_INTEGER) {
+        u32 even = s.x[0] & 0x0f0f0f0fu, odd = s.x[0] >> 4 & 0x0f0f0f0fu;
+        u32 v[4] = {bytes_of<0, 0, 4, 4>(even, odd), bytes_of<1, 1, 5, 5>(even, odd),
+                    bytes_of<2, 2, 6, 6>(even, odd), bytes_of<3, 3, 7, 7>(even, odd)};
+        UNROLL for (int i = 0; i < 4; i++) c[i] = integer_pair<T>(v[i] & 0x000f000fu, 0x00080008u);
+        return c;
+    }
+    u32 four[2];
+    nibbles_split(s.x[0], four);
+    UNROLL for (int i = 0; i < 2; i++)
+    {
+        u32 low = nibbles_look_up(four[i], T::E2M1_LOW[0], T::E2M1_LOW[1]);
+        u32 high = nibbles_look_up(four[i], T::E2M1_HIGH[0], T::E2M1_HIGH[1]);
+        high |= nibbles_high(four[i]);
+        c[2 * i] = bytes_of<0, 4, 1, 5>(low, high);
+        c[2 * i + 1] = bytes_of<2, 6, 3, 7>(low, high);
+    }
     return c;
 }
 
 // Bits that are set where a chunk has a NaN or an infinity; and the chunk's correction then.
-template <class W> DEV u32 chunk_special(const mpad_gpu_args &a, const Stored<W> &s)
+DEV u32 chunk_special(const mpad_gpu_args &a, const Stored<Bytes> &s)
 {
-    if constexpr (W::BITS == 8)
-        return float_special(a.stored_float, s.x[0]) | float_special(a.stored_float, s.x[1]);
-    return 0;
+    return float_special(a.stored_float, s.x[0]) | float_special(a.stored_float, s.x[1]);
 }
-template <class W> DEV void chunk_correct(const mpad_gpu_args &a, u4 &c, const Stored<W> &s)
+DEV void chunk_correct(const mpad_gpu_args &a, u4 &c, const Stored<Bytes> &s)
 {
-    if constexpr (W::BITS == 8) {
-        Stored<Bytes> special = {
-            {float_special(a.stored_float, s.x[0]), float_special(a.stored_float, s.x[1])}};
-        UNROLL for (int i = 0; i < 4; i++) c[i] |=
-            (chunk_pair(special, i) >> 7 & 0x00010001u) * a.stored_float.special;
-    }
+    Stored<Bytes> special = {
+        {float_special(a.stored_float, s.x[0]), float_special(a.stored_float, s.x[1])}};
+    UNROLL for (int i = 0; i < 4; i++) c[i] |=
+        (chunk_pair(special, i) >> 7 & 0x00010001u) * a.stored_float.special;
 }
 
 // N chunks that wait for no branch but one.
 template <class T, class FORM, class W, int N>
 DEV void chunks_decode(const mpad_gpu_args &a, u4 (&c)[N], const Stored<W> (&s)[N])
 {
-    if (FORM::is_integer(a)) {
-        UNROLL for (int i = 0; i < N; i++) c[i] = chunk_decode<T, true>(a, s[i]);
+    if (W::BITS < 16 && FORM::has(a, MPAD_GPU_VALUES_INTEGER)) {
+        UNROLL for (int i = 0; i < N; i++) c[i] = chunk_decode<T, MPAD_GPU_VALUES_INTEGER>(a, s[i]);
         return;
     }
-    u32 special = 0;
-    UNROLL for (int i = 0; i < N; i++)
-    {
-        c[i] = chunk_decode<T, false>(a, s[i]);
-        special |= chunk_special(a, s[i]);
-    }
-    if (special) {
-        UNROLL for (int i = 0; i < N; i++) chunk_correct(a, c[i], s[i]);
+    if constexpr (W::BITS != 8) {
+        UNROLL for (int i = 0; i < N; i++) c[i] = chunk_decode<T, MPAD_GPU_VALUES_E2M1>(a, s[i]);
+    } else {
+#if MPAD_HAVE_E4M3
+        if (FORM::has(a, MPAD_GPU_VALUES_E4M3FN)) {
+            UNROLL for (int i = 0; i < N; i++) c[i] =
+                chunk_decode<T, MPAD_GPU_VALUES_E4M3FN>(a, s[i]);
+            return;
+        }
+#endif
+        u32 special = 0;
+        UNROLL for (int i = 0; i < N; i++)
+        {
+            c[i] = chunk_decode<T, MPAD_GPU_VALUES_OTHER>(a, s[i]);
+            special |= chunk_special(a, s[i]);
+        }
+        if (special) {
+            UNROLL for (int i = 0; i < N; i++) chunk_correct(a, c[i], s[i]);
+        }
     }
 }
 
@@ -155,9 +210,10 @@ DEV u32 scale_load(const mpad_gpu_scale &s, i64 row, int k, bool ok)
         return ((const u8 *)s.data)[i];
     return ((const u16 *)s.data)[i];
 }
-DEV float e8m0_value(u32 stored) // 2^(byte - 127)
+// 2^(byte - 127); of 0 the field of the exponent is 0 too, 255 is NaN: both have one bit more.
+DEV float e8m0_value(u32 stored)
 {
-    return bits_float(stored == 255 ? 0x7fc00000u : stored == 0 ? 0x00400000u : stored << 23);
+    return bits_float(stored << 23 | (stored + 1 & 254u ? 0u : 0x00400000u));
 }
 DEV float scale_value(const mpad_gpu_scale &s, u32 stored)
 {
@@ -174,28 +230,40 @@ DEV float scale_value(const mpad_gpu_scale &s, u32 stored)
 }
 
 // The same as the form has it.
-template <class FORM> DEV u32 scale_load_as(const mpad_gpu_scale &s, i64 row, int k, bool ok)
+template <class W, class FORM>
+DEV u32 scale_load_as(const mpad_gpu_scale &s, i64 row, int k, bool ok)
 {
-    i64 i = row + (i64)((s.column_phase + k) >> s.column_log2) * s.ld_column;
-    if constexpr (FORM::scale == SCALE_COLUMN_E8M0)
-        return ok ? ((const u8 *)s.data)[i] : 0;
-    else if constexpr (FORM::scale == SCALE_COLUMN_FLOAT)
+    i64 i = row + ((s.column_phase + k) >> s.column_log2);
+    if constexpr (FORM::scale == SCALE_FOLD || FORM::scale == SCALE_COLUMN_E8M0)
+        return ok ? ((const u8 *)s.data)[row + k / 32] : 0;
+    else if constexpr (FORM::scale == SCALE_FETCH && W::BITS == 8)
+        return ok ? ((const u32 *)s.data)[i] : 0;
+    else if constexpr (FORM::scale == SCALE_FETCH || FORM::scale == SCALE_COLUMN_FLOAT)
         return !ok                      ? 0
                : s.type == MPAD_GPU_F32 ? ((const u32 *)s.data)[i]
                                         : ((const u16 *)s.data)[i];
     else
         return scale_load(s, row, k, ok);
 }
-template <class FORM> DEV float scale_value_as(const mpad_gpu_scale &s, u32 stored)
+template <class W, class FORM> DEV float scale_value_as(const mpad_gpu_scale &s, u32 stored)
 {
     if constexpr (FORM::scale == SCALE_COLUMN_E8M0)
         return e8m0_value(stored);
-    else if constexpr (FORM::scale == SCALE_COLUMN_FLOAT)
+    else if constexpr (FORM::scale == SCALE_FETCH && W::BITS == 8)
+        return bits_float(stored);
+    else if constexpr (FORM::scale == SCALE_FETCH || FORM::scale == SCALE_COLUMN_FLOAT)
         return s.type == MPAD_GPU_F32    ? bits_float(stored)
                : s.type == MPAD_GPU_BF16 ? Bf16::to_float((u16)stored)
                                          : F16::to_float((u16)stored);
     else
         return scale_value(s, stored);
+}
+
+// A chunk times the power of two that `stored` is.
+template <class T> DEV void chunk_fold(u4 &c, u32 stored)
+{
+    u32 high = float_bits(e8m0_value(stored)), pair = bytes_of<2, 3, 2, 3>(high, 0);
+    UNROLL for (int i = 0; i < 4; i++) c[i] = T::pair_mul(c[i], pair);
 }
 
 // Sum of a slab's products in float32, times the scale of each row, which lane `row` has.
@@ -212,3 +280,136 @@ DEV void acc_scale(Acc &sum, const Acc &part, float scale)
         sum.v[i] = fused_mul_add(part.v[i], of_row, sum.v[i]);
     }
 }
+
+// Slabs that fit the registers which hold `wanted` without much beside them: scales of every slab
+// take those of two or four, what is known at run time only those of half.
+template <class W, class FORM> DEV constexpr int flight_depth(int wanted)
+{
+    constexpr int SCALE = FORM::scale;
+    return SCALE == SCALE_COLUMN                                       ? wanted / 4 * 2
+           : SCALE == SCALE_COLUMN_E8M0 || SCALE == SCALE_COLUMN_FLOAT ? wanted - 2
+           : SCALE == SCALE_FOLD && W::BITS == 8                       ? wanted - 4
+                                                                       : wanted;
+}
+
+// Up to N slabs of one walk along weights that are on their way to a wave, with their scales.
+// Groups of slabs are loaded and decoded together.
+template <class T, class W, bool VECTOR, class FORM, int N> struct Flight {
+    static constexpr bool IS_SCALED = W::BITS < 16;
+    static constexpr int GROUP = FORM::is_wide            ? 16 / W::BITS
+                                 : VECTOR && W::BITS < 16 ? STORED_FETCH
+                                                          : 1;
+    static constexpr int SHARE = FORM::scale == SCALE_FETCH ? GROUP : 1; // slabs of one scale
+    static constexpr int LANE_BYTES = FORM::is_wide ? 16 : W::BITS;      // of a row in one load
+    static constexpr int LANE_K = LANE_BYTES * 8 / W::BITS;
+    // Rows whose scales a lane loads: those of its chunks, or row lane % 16 for all that have it.
+    static constexpr int SCALE_ROWS = FORM::is_folded ? WEIGHT_CHUNKS : 1;
+    static_assert(N % GROUP == 0, "whole groups");
+    static_assert(!FORM::is_folded || GROUP >= WEIGHT_CHUNKS, "room for their scales");
+
+    Run run[WEIGHT_CHUNKS];
+    i64 scale_at[SCALE_ROWS];
+    int k, end; // columns: the first of the walk's first slab; beyond the last
+    Stored<W> w[N][WEIGHT_CHUNKS];
+    u32 scale[N];
+
+    // Offset of the lane's part of row chunk i, in bytes and elements, and the row whose scale it
+    // loads.
+    static DEV u32 lane_at(int i)
+    {
+        return (u32)(weight_chunk(i, (int)lane_id()) * LANE_BYTES);
+    }
+    static DEV int lane_k(int i)
+    {
+        return weight_chunk(i, (int)lane_id()) * LANE_K;
+    }
+    static DEV int lane_scale_row(int i)
+    {
+        int lane = (int)lane_id();
+        return FORM::is_folded ? weight_row(i, lane) : lane & 15;
+    }
+    // Chunk of tokens that meets the lane's chunk i of slab p of a group, counted from the group's
+    // first.
+    static DEV int token_chunk_of(int i, int p)
+    {
+        int c = token_chunk(i, (int)lane_id());
+        return FORM::is_wide ? c * GROUP + p : 4 * p + c;
+    }
+    // Where chunk c of a row of tokens stands for that to be at 4 * slab + token_chunk.
+    static DEV int token_place(int c)
+    {
+        if (!FORM::is_wide)
+            return c;
+        int in = c % (4 * GROUP);
+        return c - in + in % GROUP * 4 + in / GROUP;
+    }
+
+    DEV void advance(int n)
+    {
+        UNROLL for (int i = 0; i < WEIGHT_CHUNKS; i++) run_advance<W>(run[i], n);
+        k += n * 32;
+    }
+    // Loads the group at slab `s` of the walk into that at w[at].
+    DEV void fetch(const mpad_gpu_scale &scales, int at, int s)
+    {
+        UNROLL for (int i = 0; i < WEIGHT_CHUNKS; i++)
+        {
+            if constexpr (FORM::is_wide) {
+                u4 raw = load16_stream(run[i].b, run[i].at + (u32)(s * 4 * W::BITS),
+                                       run[i].left - s * 32 > 0);
+                constexpr int WORDS = W::BITS / 4; // of a slab
+                UNROLL for (int p = 0; p < 4; p++) w[at + p / WORDS][i].x[p % WORDS] = raw[p];
+            } else {
+                UNROLL for (int p = 0; p < GROUP; p++) w[at + p][i] =
+                    run_stored<W, VECTOR>(run[i], s + p);
+            }
+        }
+        if constexpr (FORM::is_folded) {
+            UNROLL for (int i = 0; i < WEIGHT_CHUNKS; i++)
+            {
+                int column = k + s * 32 + lane_k(i);
+                scale[at + i] = scale_load_as<W, FORM>(scales, scale_at[i], column, column < end);
+            }
+        } else if (IS_SCALED && FORM::by_column(scales)) {
+            UNROLL for (int p = 0; p < GROUP; p += SHARE)
+            {
+                int column = k + (s + p) * 32;
+                scale[at + p] = scale_load_as<W, FORM>(scales, scale_at[0], column, column < end);
+            }
+        }
+    }
+    // Products of the group at w[at] with tokens(p), those of its slab p: times their scales to
+    // `scaled` where these go by column, else to `sum`.
+    template <class X>
+    DEV void multiply(const mpad_gpu_args &a, const mpad_gpu_scale &scales, Acc &scaled, Acc &sum,
+                      int at, X tokens) const
+    {
+        Stored<W> stored[GROUP * WEIGHT_CHUNKS];
+        u4 chunk[GROUP * WEIGHT_CHUNKS];
+        UNROLL for (int c = 0; c < GROUP * WEIGHT_CHUNKS; c++) stored[c] =
+            w[at + c / WEIGHT_CHUNKS][c % WEIGHT_CHUNKS];
+        chunks_decode<T, FORM>(a, chunk, stored);
+        if constexpr (FORM::is_folded) {
+            UNROLL for (int c = 0; c < GROUP * WEIGHT_CHUNKS; c++)
+                chunk_fold<T>(chunk[c], scale[at + c % WEIGHT_CHUNKS]);
+        }
+        bool by_column = IS_SCALED && FORM::by_column(scales);
+        Acc part = acc_zero();
+        UNROLL for (int p = 0; p < GROUP; p++)
+        {
+            TokenFrag x = tokens(p);
+            WeightFrag weights;
+            UNROLL for (int i = 0; i < WEIGHT_CHUNKS; i++) weights.c[i] =
+                chunk[p * WEIGHT_CHUNKS + i];
+            if (!by_column) {
+                slab<T>(sum, x, weights);
+                continue;
+            }
+            slab<T>(part, x, weights);
+            if ((p + 1) % SHARE == 0) {
+                acc_scale(scaled, part, scale_value_as<W, FORM>(scales, scale[at + p + 1 - SHARE]));
+                part = acc_zero();
+            }
+        }
+    }
+};

@@ -105,7 +105,7 @@ struct StoredTile : Tile<T, W, VECTOR, BM, WM, WN, STAGES> {
             Stored<W> stored[DECODED];
             u4 b[DECODED];
             UNROLL for (int j = 0; j < DECODED; j++) stored[j] = r.b[i + j];
-            chunks_decode<T, Form<AT_RUN_TIME, AT_RUN_TIME>>(args, b, stored);
+            chunks_decode<T, AnyForm>(args, b, stored);
             UNROLL for (int j = 0; j < DECODED; j++)
                 lds_write<u4>(to + (BM + (i + j) * Base::PASS) * 128, b[j]);
         }

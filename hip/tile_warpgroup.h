@@ -249,9 +249,9 @@ template <class T, int N, class VALUE, class PUT> DEV void quad_store(VALUE valu
 // Calls f with the kind of the call's bytes.
 template <class F> DEV void bytes_select(const mpad_gpu_args &a, F f)
 {
-    if (a.is_weight_integer)
+    if (a.weight_values == MPAD_GPU_VALUES_INTEGER)
         return f(Int8Int8());
-    if (a.is_weight_e5m2)
+    if (a.weight_values == MPAD_GPU_VALUES_E5M2)
         return f(E4m3E5m2());
     return f(E4m3E4m3());
 }

@@ -55,6 +55,7 @@ DEV float bits_float(u32 x)
 // Rounding is to nearest even; a NaN stays one.
 struct Bf16 {
     u16 bits;
+    static constexpr bool HOLDS_E8M0 = true; // times any value of a float8 or float4
     static DEV float to_float(u16 v)
     {
         return bits_float((u32)v << 16);
@@ -64,6 +65,9 @@ struct Bf16 {
         return float_to_bfloat(f);
     }
     static constexpr u32 COUNT_FROM = 0x43004300u; // twice 128: the low bits count ones from there
+    // High and low bytes of 0, 0.5, 1, 1.5; 2, 3, 4, 6.
+    static constexpr u32 E2M1_HIGH[2] = {0x3f3f3f00u, 0x40404040u};
+    static constexpr u32 E2M1_LOW[2] = {0xc0800000u, 0xc0804000u};
     static DEV u32 pair_mul(u32 a, u32 b)
     {
         return bfloat_pair_mul(a, b);
@@ -72,10 +76,17 @@ struct Bf16 {
     {
         return bfloat_pair_sub(a, b);
     }
+#if MPAD_HAVE_E4M3
+    static DEV u32 from_e4m3(u32 v)
+    {
+        return half_pair_to_bfloat(e4m3_pair_to_half(v));
+    }
+#endif
 };
 
 struct F16 {
     u16 bits;
+    static constexpr bool HOLDS_E8M0 = false;
     static DEV float to_float(u16 v)
     {
         return half_to_float(v);
@@ -85,6 +96,8 @@ struct F16 {
         return float_to_half(f);
     }
     static constexpr u32 COUNT_FROM = 0x64006400u; // twice 1024
+    static constexpr u32 E2M1_HIGH[2] = {0x3e3c3800u, 0x46444240u};
+    static constexpr u32 E2M1_LOW[2] = {0, 0};
     static DEV u32 pair_mul(u32 a, u32 b)
     {
         return half_pair_mul(a, b);
@@ -93,6 +106,12 @@ struct F16 {
     {
         return half_pair_sub(a, b);
     }
+#if MPAD_HAVE_E4M3
+    static DEV u32 from_e4m3(u32 v)
+    {
+        return e4m3_pair_to_half(v);
+    }
+#endif
 };
 
 // How weights are stored. A chunk is 8 of a row, BITS bytes: what a lane of a fragment holds.

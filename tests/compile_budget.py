@@ -8,7 +8,8 @@ limit of a step of occupancy, so crossing it costs resident blocks.
 # 168 leave 3, 256 leave 2.
 _CDNA = {
     r"mpad_route_\w+": (128, 4),  # one block of 16 waves is 4 per SIMD
-    r"mpad_\w+_stream\d?_\w+": (128, 4),  # two blocks of 8 waves per compute unit
+    r"mpad_down_stream1_\w+": (256, 2),  # one block of 8 waves per compute unit
+    r"mpad_\w+_stream\d?_\w+": (128, 4),  # two
     r"mpad_\w+_tile(16|32)_\w+": (128, 2),  # LDS allows two to three blocks of 4 waves
     r"mpad_\w+_tile64_\w+": (256, 2),  # two blocks of 4 waves share 64 KiB LDS once each
     r"mpad_\w+_tile128_\w+": (256, 1),  # its stages take all of the LDS: one block
@@ -30,7 +31,7 @@ AMD = {"gfx90a": _CDNA, "gfx942": _CDNA, "gfx950": _CDNA, "gfx1100": _RDNA, "gfx
 SGPR_SPILLS = {
     # Quantised: the formats' constants, the scales' strides and pointers too.
     r"mpad_gate_up_stream_\w+_w\d\w*": 128,
-    r"mpad_down_stream_\w+_w\d\w*": 64,
+    r"mpad_down_stream\d?_\w+_w\d\w*": 64,
     r"mpad_gate_up_stream_\w+": 40,
     r"mpad_\w+": 16,
 }
@@ -43,10 +44,10 @@ _SM = {
     r"mpad_down_stream1_\w+": 255,  # 256 threads, one block
     r"mpad_down_stream2_\w+": 128,  # two
     r"mpad_down_stream3_\w+": 80,  # three
-    r"mpad_down_stream_\w+_w\d": 128,  # two
     r"mpad_\w+_wg128_\w+": 128,  # 256 threads, two
     r"mpad_\w+_wg64_\w+": 168,  # 128 threads, three
-    r"mpad_\w+_tile(16|32)_\w+": 168,  # 128 threads, three
+    r"mpad_\w+_tile16_\w+_w\d": 128,  # 128 threads, four
+    r"mpad_\w+_tile(16|32)_\w+": 168,  # three
     r"mpad_\w+_tile(64|128)_\w+": 255,  # 128 threads, two
     r"mpad_\w+_bytes64_\w+": 168,  # 128 threads, three
     r"mpad_\w+_coded16_\w+": 168,  # 128 threads, three

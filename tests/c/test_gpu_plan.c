@@ -248,6 +248,45 @@ static void test_regimes(void)
     }
 }
 
+/* Loads of 16 bytes by a lane reach no column beyond the logical ones, and start aligned. */
+static void expect_wide(const mpad_moe *moe, bool w13, bool w2)
+{
+    mpad_gpu_target target = target_of("sm_90a");
+    mpad_gpu_plan plan;
+    mpad_status status;
+    CHECK(mpad_gpu_plan_make(&target, moe, &plan, &status) == MPAD_OK, "%s", status.message);
+    mpad_gpu_args args;
+    mpad_gpu_args_make(&plan, moe, NULL, MPAD_DTYPE_I32, NULL, &args);
+    CHECK(args.is_w13_wide == w13 && args.is_w2_wide == w2, "%lld x %lld: w13 %d, w2 %d",
+          (long long)moe->n_hidden, (long long)moe->n_inter, args.is_w13_wide, args.is_w2_wide);
+}
+
+static void test_wide_loads(void)
+{
+    static const struct {
+        mpad_quant quant;
+        int64_t n_hidden, n_inter;
+        bool w13, w2;
+    } calls[] = {
+        {MPAD_QUANT_FP8_TENSOR, 4096, 192, true, true},
+        {MPAD_QUANT_FP8_TENSOR, 4096, 200, true, false},
+        {MPAD_QUANT_FP8_TENSOR, 72, 192, false, true},
+        {MPAD_QUANT_MXFP4, 4096, 192, true, true},
+        {MPAD_QUANT_MXFP4, 4096, 208, true, false},
+        {MPAD_QUANT_NONE, 4096, 192, false, false},
+    };
+    for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
+        mpad_moe moe = call_of(4, 8, 128, calls[i].n_hidden, calls[i].n_inter, true);
+        if (calls[i].quant != MPAD_QUANT_NONE)
+            quantise(&moe, calls[i].quant);
+        expect_wide(&moe, calls[i].w13, calls[i].w2);
+        moe.w13 = (const char *)moe.w13 + 8;
+        expect_wide(&moe, false, calls[i].w2);
+        moe.w2_ld_expert += 8;
+        expect_wide(&moe, false, false);
+    }
+}
+
 static void expect_refusal(mpad_moe moe, const char *word)
 {
     mpad_gpu_target target = target_of("gfx942");
@@ -279,6 +318,7 @@ int main(void)
     test_any_sizes();
     test_every_kernel_is_planned();
     test_regimes();
+    test_wide_loads();
     test_refusals();
     if (n_fail == 0)
         printf("all checks passed\n");
