@@ -286,10 +286,11 @@ static int weight_values(const mpad_moe *moe)
 {
     if (moe->quant == MPAD_QUANT_INT8_CHANNEL || moe->quant == MPAD_QUANT_INT4_GROUP)
         return MPAD_GPU_VALUES_INTEGER;
-    return moe->weight_dtype == MPAD_DTYPE_F8_E4M3FN ? MPAD_GPU_VALUES_E4M3FN
-           : moe->weight_dtype == MPAD_DTYPE_F8_E5M2 ? MPAD_GPU_VALUES_E5M2
-           : moe->weight_dtype == MPAD_DTYPE_U8      ? MPAD_GPU_VALUES_E2M1
-                                                     : MPAD_GPU_VALUES_OTHER;
+    return moe->weight_dtype == MPAD_DTYPE_F8_E4M3FN     ? MPAD_GPU_VALUES_E4M3FN
+           : moe->weight_dtype == MPAD_DTYPE_F8_E4M3FNUZ ? MPAD_GPU_VALUES_E4M3FNUZ
+           : moe->weight_dtype == MPAD_DTYPE_F8_E5M2     ? MPAD_GPU_VALUES_E5M2
+           : moe->weight_dtype == MPAD_DTYPE_U8          ? MPAD_GPU_VALUES_E2M1
+                                                         : MPAD_GPU_VALUES_OTHER;
 }
 
 static bool is_power_of_two(int64_t n)

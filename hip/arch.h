@@ -154,25 +154,26 @@ DEV u32 nibbles_high(u32 four)
     asm("prmt.b32 %0,%1,%1,%2;" : "=r"(v) : "r"(0x7f7f7f7fu), "r"(four));
     return ~(v << 1) & 0x80808080u;
 }
+// The float8 that the target converts, where it converts one: pair HALF of the
+// bytes of v.
 #    if __CUDA_ARCH__ >= 890
-#        define MPAD_HAVE_E4M3 1
-// Two e4m3fn in the low bytes of v as f16, and two f16 as bf16 where both types hold them.
-DEV u32 e4m3_pair_to_half(u32 v)
+#        define MPAD_CONVERTED MPAD_GPU_VALUES_E4M3FN
+template <int HALF> DEV u32 float8_pair_to_half(u32 v)
 {
     u32 h;
-    asm("cvt.rn.f16x2.e4m3x2 %0,%1;" : "=r"(h) : "h"((u16)v));
+    asm("cvt.rn.f16x2.e4m3x2 %0,%1;" : "=r"(h) : "h"((u16)(v >> 16 * HALF)));
     return h;
 }
-DEV u32 half_pair_to_bfloat(u32 h)
+template <int HALF> DEV u32 float8_pair_to_bfloat(u32 v)
 {
-    u32 v;
+    u32 b;
     asm("{.reg .b16 l,h; .reg .f32 x,y;\n"
         "mov.b32 {l,h},%1;\n"
         "cvt.f32.f16 x,l; cvt.f32.f16 y,h;\n"
         "cvt.rn.bf16x2.f32 %0,y,x;}"
-        : "=r"(v)
-        : "r"(h));
-    return v;
+        : "=r"(b)
+        : "r"(float8_pair_to_half<HALF>(v)));
+    return b;
 }
 #    endif
 // Two 16-bit numbers in a word: products that need no rounding, differences likewise.
@@ -423,6 +424,38 @@ DEV u32 half_pair_sub(u32 a, u32 b)
     return __builtin_bit_cast(u32,
                               __builtin_bit_cast(half_pair, a) - __builtin_bit_cast(half_pair, b));
 }
+#    if defined(__gfx950__)
+#        define MPAD_CONVERTED MPAD_GPU_VALUES_E4M3FN
+template <int HALF> DEV u32 float8_pair_to_half(u32 v)
+{
+    return __builtin_bit_cast(u32, __builtin_amdgcn_cvt_scalef32_pk_f16_fp8(v, 1.f, HALF));
+}
+template <int HALF> DEV u32 float8_pair_to_bfloat(u32 v)
+{
+    return __builtin_bit_cast(u32, __builtin_amdgcn_cvt_scalef32_pk_bf16_fp8(v, 1.f, HALF));
+}
+#        define MPAD_CONVERTS_E2M1 1
+template <int BYTE> DEV u32 e2m1_pair_to_half(u32 v)
+{
+    return __builtin_bit_cast(u32, __builtin_amdgcn_cvt_scalef32_pk_f16_fp4(v, 1.f, BYTE));
+}
+template <int BYTE> DEV u32 e2m1_pair_to_bfloat(u32 v)
+{
+    return __builtin_bit_cast(u32, __builtin_amdgcn_cvt_scalef32_pk_bf16_fp4(v, 1.f, BYTE));
+}
+#    elif defined(__gfx942__)
+#        define MPAD_CONVERTED MPAD_GPU_VALUES_E4M3FNUZ
+template <int HALF> DEV u32 float8_pair_to_half(u32 v)
+{
+    auto pair = __builtin_amdgcn_cvt_pk_f32_fp8((int)v, HALF);
+    return __builtin_bit_cast(u32, __builtin_amdgcn_cvt_pkrtz(pair[0], pair[1]));
+}
+template <int HALF> DEV u32 float8_pair_to_bfloat(u32 v)
+{
+    auto pair = __builtin_amdgcn_cvt_pk_f32_fp8((int)v, HALF);
+    return bfloat_pair_of(pair[0], pair[1]);
+}
+#    endif
 DEV void launch_wait()
 {
 }

@@ -14,9 +14,10 @@
 template <class T, class W, bool VECTOR, int WANTED, class FORM>
 DEV void down_stream(const mpad_gpu_args &a, FORM)
 {
-    // Where a fragment takes 4 chunks a lane, 6 slabs fill the registers.
+    // Slabs whose fragments of weights and tokens leave a lane the registers for the rest.
     constexpr int FITS = flight_depth<W, FORM>(WANTED);
-    constexpr int DEPTH = WEIGHT_CHUNKS < 4 || FITS < 6 ? FITS : 6;
+    constexpr int MOST = 176 / (4 * (WEIGHT_CHUNKS + TOKEN_CHUNKS));
+    constexpr int DEPTH = FITS < MOST ? FITS : MOST;
     typedef Flight<T, W, VECTOR, FORM, DEPTH> Weights;
     constexpr int GROUP = Weights::GROUP;
     constexpr int WAVES = MPAD_STREAM_WAVES, THREADS = WAVES * WAVE, COLUMNS = MPAD_STREAM_COLUMNS;

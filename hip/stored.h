@@ -111,14 +111,18 @@ template <class T, int VALUES> DEV u4 chunk_decode(const mpad_gpu_args &, const 
 template <class T, int VALUES> DEV u4 chunk_decode(const mpad_gpu_args &a, const Stored<Bytes> &s)
 {
     u4 c;
+#ifdef MPAD_CONVERTED
+    if constexpr (VALUES == MPAD_CONVERTED) {
+        UNROLL for (int i = 0; i < 2; i++)
+        {
+            c[2 * i] = T::template from_float8<0>(s.x[i]);
+            c[2 * i + 1] = T::template from_float8<1>(s.x[i]);
+        }
+        return c;
+    }
+#endif
     UNROLL for (int i = 0; i < 4; i++)
     {
-#if MPAD_HAVE_E4M3
-        if constexpr (VALUES == MPAD_GPU_VALUES_E4M3FN) {
-            c[i] = T::from_e4m3(s.x[i / 2] >> 16 * (i & 1));
-            continue;
-        }
-#endif
         u32 v = chunk_pair(s, i);
         c[i] = VALUES == MPAD_GPU_VALUES_INTEGER ? integer_pair<T>(v & 0x007f007fu, v & 0x00800080u)
                                                  : float_pair<T>(a.stored_float, v);
@@ -136,6 +140,13 @@ template <class T, int VALUES> DEV u4 chunk_decode(const mpad_gpu_args &, const 
         UNROLL for (int i = 0; i < 4; i++) c[i] = integer_pair<T>(v[i] & 0x000f000fu, 0x00080008u);
         return c;
     }
+#if MPAD_CONVERTS_E2M1
+    c[0] = T::template from_e2m1<0>(s.x[0]);
+    c[1] = T::template from_e2m1<1>(s.x[0]);
+    c[2] = T::template from_e2m1<2>(s.x[0]);
+    c[3] = T::template from_e2m1<3>(s.x[0]);
+    return c;
+#endif
     u32 four[2];
     nibbles_split(s.x[0], four);
     UNROLL for (int i = 0; i < 2; i++)
@@ -173,10 +184,9 @@ DEV void chunks_decode(const mpad_gpu_args &a, u4 (&c)[N], const Stored<W> (&s)[
     if constexpr (W::BITS != 8) {
         UNROLL for (int i = 0; i < N; i++) c[i] = chunk_decode<T, MPAD_GPU_VALUES_E2M1>(a, s[i]);
     } else {
-#if MPAD_HAVE_E4M3
-        if (FORM::has(a, MPAD_GPU_VALUES_E4M3FN)) {
-            UNROLL for (int i = 0; i < N; i++) c[i] =
-                chunk_decode<T, MPAD_GPU_VALUES_E4M3FN>(a, s[i]);
+#ifdef MPAD_CONVERTED
+        if (FORM::has(a, MPAD_CONVERTED)) {
+            UNROLL for (int i = 0; i < N; i++) c[i] = chunk_decode<T, MPAD_CONVERTED>(a, s[i]);
             return;
         }
 #endif

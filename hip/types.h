@@ -76,10 +76,16 @@ struct Bf16 {
     {
         return bfloat_pair_sub(a, b);
     }
-#if MPAD_HAVE_E4M3
-    static DEV u32 from_e4m3(u32 v)
+#ifdef MPAD_CONVERTED
+    template <int HALF> static DEV u32 from_float8(u32 v)
     {
-        return half_pair_to_bfloat(e4m3_pair_to_half(v));
+        return float8_pair_to_bfloat<HALF>(v);
+    }
+#endif
+#if MPAD_CONVERTS_E2M1
+    template <int BYTE> static DEV u32 from_e2m1(u32 v)
+    {
+        return e2m1_pair_to_bfloat<BYTE>(v);
     }
 #endif
 };
@@ -106,10 +112,16 @@ struct F16 {
     {
         return half_pair_sub(a, b);
     }
-#if MPAD_HAVE_E4M3
-    static DEV u32 from_e4m3(u32 v)
+#ifdef MPAD_CONVERTED
+    template <int HALF> static DEV u32 from_float8(u32 v)
     {
-        return e4m3_pair_to_half(v);
+        return float8_pair_to_half<HALF>(v);
+    }
+#endif
+#if MPAD_CONVERTS_E2M1
+    template <int BYTE> static DEV u32 from_e2m1(u32 v)
+    {
+        return e2m1_pair_to_half<BYTE>(v);
     }
 #endif
 };
