@@ -202,7 +202,7 @@ MPAD_SHARED_FN int mpad_lds_tile(int n_row, int n_stage)
 }
 
 /* The same for quantised weights: two stages, each with the scales of two groups of 32 k, and for
- * codes those of the rows of tokens. */
+ * codes those of the rows of tokens; with bytes as many scales, of four stages. */
 MPAD_SHARED_FN int mpad_lds_tile_stored(int n_row, int is_coded)
 {
     return 2 * ((n_row + 128) * 128 + 2 * (128 + (is_coded ? n_row : 0)) * 4);

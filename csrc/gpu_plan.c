@@ -16,6 +16,8 @@ enum family {
     FAMILY_CODES,
     FAMILY_GATE_UP_CODED,
     FAMILY_DOWN_CODED,
+    FAMILY_GATE_UP_BYTES_TILE,
+    FAMILY_DOWN_BYTES_TILE,
     FAMILY_GATE_UP_BYTES,
     FAMILY_DOWN_BYTES
 };
@@ -56,6 +58,10 @@ static const variant VARIANTS[] = {
     {#NAME, FAMILY_GATE_UP_CODED, TYPE, Bytes, VECTOR, BLOCKS, BM, (WM) * (WN), 2},
 #define MPAD_DOWN_CODED(NAME, TYPE, VECTOR, BM, WM, WN, BLOCKS)                                    \
     {#NAME, FAMILY_DOWN_CODED, TYPE, Bytes, VECTOR, BLOCKS, BM, (WM) * (WN), 2},
+#define MPAD_GATE_UP_BYTES_TILE(NAME, TYPE, BM, WM, WN, BLOCKS)                                    \
+    {#NAME, FAMILY_GATE_UP_BYTES_TILE, TYPE, Bytes, true, BLOCKS, BM, (WM) * (WN), 2},
+#define MPAD_DOWN_BYTES_TILE(NAME, TYPE, BM, WM, WN, BLOCKS)                                       \
+    {#NAME, FAMILY_DOWN_BYTES_TILE, TYPE, Bytes, true, BLOCKS, BM, (WM) * (WN), 2},
 #define MPAD_GATE_UP_BYTES(NAME, TYPE, BM, STAGES, BLOCKS)                                         \
     {#NAME, FAMILY_GATE_UP_BYTES, TYPE, Bytes, true, BLOCKS, BM, (BM) / 16, STAGES},
 #define MPAD_DOWN_BYTES(NAME, TYPE, BM, STAGES, BLOCKS)                                            \
@@ -72,6 +78,8 @@ static const variant VARIANTS[] = {
 #undef MPAD_CODES
 #undef MPAD_GATE_UP_CODED
 #undef MPAD_DOWN_CODED
+#undef MPAD_GATE_UP_BYTES_TILE
+#undef MPAD_DOWN_BYTES_TILE
 #undef MPAD_GATE_UP_BYTES
 #undef MPAD_DOWN_BYTES
 };
@@ -118,6 +126,11 @@ static bool is_warpgroup(const variant *v)
            v->family >= FAMILY_GATE_UP_BYTES;
 }
 
+static bool is_byte_tile(const variant *v)
+{
+    return v->family == FAMILY_GATE_UP_BYTES_TILE || v->family == FAMILY_DOWN_BYTES_TILE;
+}
+
 /* What serves several parts has no type or no bits. */
 bool mpad_gpu_have_symbol(const mpad_gpu_target *target, int part, int variant)
 {
@@ -126,7 +139,8 @@ bool mpad_gpu_have_symbol(const mpad_gpu_target *target, int part, int variant)
     bool is_tile = v->family == FAMILY_GATE_UP_TILE || v->family == FAMILY_DOWN_TILE || is_coded;
     return (!v->dtype || v->dtype == PARTS[part].dtype) &&
            (!v->bits || (v->bits == PARTS[part].bits && is_coded == PARTS[part].is_coded)) &&
-           (target->have_wgmma || !is_warpgroup(v)) && (target->have_tile || !is_tile);
+           (target->have_wgmma || !is_warpgroup(v)) && (target->have_tile || !is_tile) &&
+           (target->is_amd || !is_byte_tile(v));
 }
 
 /* Bits of a weight as it is stored. */
@@ -150,21 +164,25 @@ static int variant_find(enum family family, int dtype, int bits, int is_vector)
     return -1;
 }
 
+/* Formats of weights that the matrix unit multiplies as bytes: int8, float8 fnuz, the other float8.
+ */
+enum { BYTES_INT8 = 1, BYTES_FNUZ = 2, BYTES_FN = 4 };
+
 mpad_code mpad_gpu_target_make(const char *arch, int n_multiprocessor, mpad_gpu_target *target,
                                mpad_status *status)
 {
-    enum { KIB = 1024 };
+    enum { KIB = 1024, INT8 = BYTES_INT8, FNUZ = BYTES_FNUZ, FN = BYTES_FN };
     static const mpad_gpu_target known[] = {
-        /* name, amd, wgmma, tile, dependent, wave, units, LDS of a block, of a unit, tokens, pitch
-         */
-        {"gfx90a", true, false, true, false, 64, 0, 64 * KIB, 64 * KIB, 16, 16},
-        {"gfx942", true, false, true, false, 64, 0, 64 * KIB, 64 * KIB, 16, 16},
-        {"gfx950", true, false, true, false, 64, 0, 64 * KIB, 160 * KIB, 16, 16},
-        {"gfx1100", true, false, false, false, 32, 0, 64 * KIB, 128 * KIB, 16, 16},
-        {"gfx1201", true, false, false, false, 32, 0, 64 * KIB, 128 * KIB, 16, 16},
-        {"sm_80", false, false, true, false, 32, 0, 163 * KIB, 164 * KIB, 8, 64},
-        {"sm_90", false, false, true, true, 32, 0, 227 * KIB, 228 * KIB, 8, 64},
-        {"sm_90a", false, true, true, true, 32, 0, 227 * KIB, 228 * KIB, 8, 64},
+        /* name, amd, wgmma, tile, dependent, wave, units, LDS of a block, of a unit, tokens, pitch,
+         * bytes */
+        {"gfx90a", true, false, true, false, 64, 0, 64 * KIB, 64 * KIB, 16, 16, INT8},
+        {"gfx942", true, false, true, false, 64, 0, 64 * KIB, 64 * KIB, 16, 16, INT8 | FNUZ},
+        {"gfx950", true, false, true, false, 64, 0, 64 * KIB, 160 * KIB, 16, 16, INT8 | FN},
+        {"gfx1100", true, false, false, false, 32, 0, 64 * KIB, 128 * KIB, 16, 16, 0},
+        {"gfx1201", true, false, false, false, 32, 0, 64 * KIB, 128 * KIB, 16, 16, 0},
+        {"sm_80", false, false, true, false, 32, 0, 163 * KIB, 164 * KIB, 8, 64, 0},
+        {"sm_90", false, false, true, true, 32, 0, 227 * KIB, 228 * KIB, 8, 64, 0},
+        {"sm_90a", false, true, true, true, 32, 0, 227 * KIB, 228 * KIB, 8, 64, INT8 | FN},
     };
     size_t n = strcspn(arch, ":");
     for (size_t i = 0; i < sizeof(known) / sizeof(known[0]); i++) {
@@ -561,26 +579,29 @@ static void plan_codes(const mpad_gpu_target *target, const mpad_moe *moe, int s
 }
 
 /* Rows start on 16 bytes and end with some; scales by column have blocks of whole stages of 128
- * columns, from which a half tile's 64 rows take one. */
-static bool is_bytes_tensor(const void *data, int64_t ld0, int64_t ld1, int64_t ld2, int64_t n_k,
-                            const mpad_scale *scale)
+ * columns, from which a half tile's 64 rows of the warpgroup kernels take one. */
+static bool is_bytes_tensor(const mpad_gpu_target *target, const void *data, int64_t ld0,
+                            int64_t ld1, int64_t ld2, int64_t n_k, const mpad_scale *scale)
 {
+    bool is_half_one = scale->block_row % 64 == 0 && scale->row_phase % 64 == 0;
     return (uintptr_t)data % 16 == 0 && ld0 % 16 == 0 && ld1 % 16 == 0 && ld2 % 16 == 0 &&
            n_k % 16 == 0 && n_k > 0 && scale->dtype == MPAD_DTYPE_F32 &&
            (scale->ld_column == 0 ||
-            (scale->block_column % 128 == 0 && scale->block_row % 64 == 0 &&
-             scale->row_phase % 64 == 0 && scale->column_phase % 16 == 0));
+            (scale->block_column % 128 == 0 && scale->column_phase % 16 == 0 &&
+             (is_half_one || !target->have_wgmma)));
 }
 
 /* Whether the matrix unit takes codes and weights as the bytes they are. */
 static bool is_bytes(const mpad_gpu_target *target, const mpad_moe *moe)
 {
-    return moe->input != MPAD_INPUT_NONE && target->have_wgmma &&
-           moe->weight_dtype != MPAD_DTYPE_F8_E4M3FNUZ &&
-           is_bytes_tensor(moe->w13, moe->w13_ld_expert, moe->w13_ld_row,
+    unsigned format = moe->weight_dtype == MPAD_DTYPE_I8            ? BYTES_INT8
+                      : moe->weight_dtype == MPAD_DTYPE_F8_E4M3FNUZ ? BYTES_FNUZ
+                                                                    : BYTES_FN;
+    return moe->input != MPAD_INPUT_NONE && (target->bytes & format) &&
+           is_bytes_tensor(target, moe->w13, moe->w13_ld_expert, moe->w13_ld_row,
                            moe->is_gated ? moe->w13_up_offset : 0, moe->n_hidden,
                            &moe->w13_scale) &&
-           is_bytes_tensor(moe->w2, moe->w2_ld_expert, moe->w2_ld_row, 0, moe->n_inter,
+           is_bytes_tensor(target, moe->w2, moe->w2_ld_expert, moe->w2_ld_row, 0, moe->n_inter,
                            &moe->w2_scale);
 }
 
@@ -603,10 +624,12 @@ static mpad_code plan_tile(const mpad_gpu_target *target, const mpad_moe *moe, m
     bool is_wgmma = target->have_wgmma && is_vector && bits == Plain && want > 32;
     plan->is_code_byte = is_bytes(target, moe);
     is_vector = is_vector || plan->is_code_byte;
-    int gate_up = tile_find(plan->is_code_byte ? FAMILY_GATE_UP_BYTES
-                            : is_coded         ? FAMILY_GATE_UP_CODED
-                            : is_wgmma         ? FAMILY_GATE_UP_WARPGROUP
-                                               : FAMILY_GATE_UP_TILE,
+    int is_byte_wgmma = plan->is_code_byte && target->have_wgmma;
+    int gate_up = tile_find(is_byte_wgmma        ? FAMILY_GATE_UP_BYTES
+                            : plan->is_code_byte ? FAMILY_GATE_UP_BYTES_TILE
+                            : is_coded           ? FAMILY_GATE_UP_CODED
+                            : is_wgmma           ? FAMILY_GATE_UP_WARPGROUP
+                                                 : FAMILY_GATE_UP_TILE,
                             dtype, bits, is_vector, want);
     plan->n_row_job = VARIANTS[gate_up].rows;
     plan_route(target, moe, plan);
@@ -622,10 +645,11 @@ static mpad_code plan_tile(const mpad_gpu_target *target, const mpad_moe *moe, m
         tile_add(target, plan, gate_up, n_job, plan->n_column_tile_gate_up, moe->n_hidden, 0);
     if (is_coded)
         plan_codes(target, moe, CODES_H, n_pair, plan);
-    int down = tile_find(plan->is_code_byte ? FAMILY_DOWN_BYTES
-                         : is_coded         ? FAMILY_DOWN_CODED
-                         : is_wgmma         ? FAMILY_DOWN_WARPGROUP
-                                            : FAMILY_DOWN_TILE,
+    int down = tile_find(is_byte_wgmma        ? FAMILY_DOWN_BYTES
+                         : plan->is_code_byte ? FAMILY_DOWN_BYTES_TILE
+                         : is_coded           ? FAMILY_DOWN_CODED
+                         : is_wgmma           ? FAMILY_DOWN_WARPGROUP
+                                              : FAMILY_DOWN_TILE,
                          dtype, bits, is_vector, plan->n_row_job);
     plan->run_down = tile_add(target, plan, down, n_job, plan->n_column_tile_down, moe->n_inter,
                               plan->is_code_byte ? moe->w2_scale.column_phase % 128 : 0);

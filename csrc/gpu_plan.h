@@ -34,6 +34,7 @@ typedef struct mpad_gpu_target {
     int lds_multiprocessor; /* shared by the blocks of a multiprocessor */
     int token_tile;         /* tokens of a slab: TOKENS of hip/mma.h */
     int lds_pitch;          /* LDS_PITCH of hip/mma.h */
+    unsigned bytes;         /* formats multiplied as bytes: BYTES_* of gpu_plan.c */
 } mpad_gpu_target;
 
 /* `arch`: the architecture a device image was built for; feature suffixes (":xnack-") are ignored.

@@ -3,11 +3,11 @@
 
 #include "epilogue.h"
 #include "route.h"
+#include "tile_bytes.h"
 #include "tile_stored.h"
 
 // Grid: jobs at most times column tiles of 128; block: WM x WN waves. LDS: the tile's stages.
-template <class T, class W, bool VECTOR, int BM, int WM, int WN, int STAGES, bool CODED>
-DEV void down_tile(const mpad_gpu_args &a)
+template <class T, class TILE> DEV void down_tile(const mpad_gpu_args &a)
 {
     args_prefetch(a);
     launch_wait();
@@ -19,16 +19,17 @@ DEV void down_tile(const mpad_gpu_args &a)
     int expert = wave_uniform(job.expert), first = wave_uniform(job.first);
     int rows = wave_uniform(job.rows), column0 = ((int)block_id() - j * n_tile) * TILE_B;
 
-    StoredTile<T, W, VECTOR, BM, WM, WN, STAGES, CODED> tile;
-    constexpr int ITEM = W::BITS < 16 ? 1 : 2; // bytes of a stored element
+    TILE tile;
+    constexpr bool CODED = TILE::IS_CODED;
+    constexpr int ITEM = TILE::B_ITEM;
     tile.clear(a.n_inter);
     i64 ld = CODED ? a.h.ld : a.ld_inter;
-    tile.a =
-        buffer_make((const u16 *)(CODED ? a.h.code : a.inter) + first * ld, (u32)(rows * ld) * 2);
+    tile.a = buffer_make((const typename TILE::Input *)(CODED ? a.h.code : a.inter) + first * ld,
+                         (u32)(rows * ld) * TILE::A_ITEM);
     UNROLL for (int i = 0; i < tile.A_LOADS; i++)
     {
         int r = tile.a_index(i);
-        tile.a_row(i, r < rows, (u32)(r * (int)ld) * 2);
+        tile.a_row(i, r < rows, (u32)(r * (int)ld) * TILE::A_ITEM);
     }
     if constexpr (CODED) {
         UNROLL for (int i = 0; i < tile.INPUT_LOADS; i++)
@@ -41,7 +42,7 @@ DEV void down_tile(const mpad_gpu_args &a)
     int n = a.n_hidden - column0;
     tile.b_rows((u32)(column0 * a.w2_ld_row), a.w2_ld_row, TILE_HALF * a.w2_ld_row, n,
                 n - TILE_HALF);
-    if constexpr (W::BITS < 16)
+    if constexpr (TILE::IS_SCALED)
         tile.scales(a.w2_scale, expert, 0, column0, n, 0, column0 + TILE_HALF, n - TILE_HALF);
     tile.run(a, a.w2_scale, a.h);
 
@@ -75,14 +76,23 @@ DEV void down_tile(const mpad_gpu_args &a)
 #    define MPAD_DOWN_TILE(NAME, TYPE, WEIGHTS, VECTOR, BM, WM, WN, STAGES, BLOCKS)                \
         MPAD_KERNEL((WM) * (WN) * WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                    \
         {                                                                                          \
-            down_tile<TYPE, WEIGHTS, VECTOR, BM, WM, WN, STAGES, false>(a);                        \
+            down_tile<TYPE, StoredTile<TYPE, WEIGHTS, VECTOR, BM, WM, WN, STAGES, false>>(a);      \
         }
 #    define MPAD_DOWN_CODED(NAME, TYPE, VECTOR, BM, WM, WN, BLOCKS)                                \
         MPAD_KERNEL((WM) * (WN) * WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                    \
         {                                                                                          \
-            down_tile<TYPE, Bytes, VECTOR, BM, WM, WN, 2, true>(a);                                \
+            down_tile<TYPE, StoredTile<TYPE, Bytes, VECTOR, BM, WM, WN, 2, true>>(a);              \
         }
 #else
 #    define MPAD_DOWN_TILE(NAME, TYPE, WEIGHTS, VECTOR, BM, WM, WN, STAGES, BLOCKS)
 #    define MPAD_DOWN_CODED(NAME, TYPE, VECTOR, BM, WM, WN, BLOCKS)
+#endif
+#if MPAD_HAVE_BYTES_TILE
+#    define MPAD_DOWN_BYTES_TILE(NAME, TYPE, BM, WM, WN, BLOCKS)                                   \
+        MPAD_KERNEL((WM) * (WN) * WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                    \
+        {                                                                                          \
+            down_tile<TYPE, ByteTile<TYPE, BM, WM, WN>>(a);                                        \
+        }
+#else
+#    define MPAD_DOWN_BYTES_TILE(NAME, TYPE, BM, WM, WN, BLOCKS)
 #endif

@@ -3,6 +3,7 @@
 
 #include "epilogue.h"
 #include "route.h"
+#include "tile_bytes.h"
 #include "tile_stored.h"
 
 DEV void put_floats(float *to, const float (&h)[8])
@@ -14,8 +15,7 @@ DEV void put_floats(float *to, const float (&h)[8])
 // Grid: jobs at most times column tiles; block: WM x WN waves. A block multiplies a job's tokens
 // with 64 gate rows and the same 64 up rows of W13, or with 128 rows where the layer is not gated.
 // A lane holds gate and up of the same column. LDS: the tile's stages.
-template <class T, class W, bool VECTOR, int BM, int WM, int WN, int STAGES, bool CODED>
-DEV void gate_up_tile(const mpad_gpu_args &a)
+template <class T, class TILE> DEV void gate_up_tile(const mpad_gpu_args &a)
 {
     args_prefetch(a);
     launch_wait();
@@ -28,18 +28,19 @@ DEV void gate_up_tile(const mpad_gpu_args &a)
     int rows = wave_uniform(job.rows);
     int column0 = ((int)block_id() - j * n_tile) * (a.is_gated ? TILE_HALF : TILE_B);
 
-    StoredTile<T, W, VECTOR, BM, WM, WN, STAGES, CODED> tile;
-    constexpr int ITEM = W::BITS < 16 ? 1 : 2; // bytes of a stored element
+    TILE tile;
+    constexpr bool CODED = TILE::IS_CODED;
+    constexpr int ITEM = TILE::B_ITEM, BM = TILE::A_ROWS;
     tile.clear(a.n_hidden);
     i64 ld = CODED ? a.x.ld : a.ld_hidden;
-    tile.a =
-        buffer_make(CODED ? a.x.code : a.hidden, (u32)(((a.n_token - 1) * ld + a.n_hidden) * 2));
+    tile.a = buffer_make(CODED ? a.x.code : a.hidden,
+                         (u32)(((a.n_token - 1) * ld + a.n_hidden) * TILE::A_ITEM));
     UNROLL for (int i = 0; i < tile.A_LOADS; i++)
     {
         int r = tile.a_index(i);
         bool ok = r < rows && r < BM;
         int token = ok ? pair_token(a, a.perm[first + r]) : 0;
-        tile.a_row(i, ok, (u32)token * (u32)ld * 2);
+        tile.a_row(i, ok, (u32)token * (u32)ld * TILE::A_ITEM);
     }
     if constexpr (CODED) {
         UNROLL for (int i = 0; i < tile.INPUT_LOADS; i++)
@@ -54,7 +55,7 @@ DEV void gate_up_tile(const mpad_gpu_args &a)
     tile.b_rows((u32)(column0 * a.w13_ld_row), a.w13_ld_row,
                 a.is_gated ? a.w13_up_offset : TILE_HALF * a.w13_ld_row, n,
                 a.is_gated ? n : n - TILE_HALF);
-    if constexpr (W::BITS < 16)
+    if constexpr (TILE::IS_SCALED)
         tile.scales(a.w13_scale, expert, 0, column0, n, a.is_gated,
                     a.is_gated ? column0 : column0 + TILE_HALF, a.is_gated ? n : n - TILE_HALF);
     tile.run(a, a.w13_scale, a.x);
@@ -110,14 +111,23 @@ DEV void gate_up_tile(const mpad_gpu_args &a)
 #    define MPAD_GATE_UP_TILE(NAME, TYPE, WEIGHTS, VECTOR, BM, WM, WN, STAGES, BLOCKS)             \
         MPAD_KERNEL((WM) * (WN) * WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                    \
         {                                                                                          \
-            gate_up_tile<TYPE, WEIGHTS, VECTOR, BM, WM, WN, STAGES, false>(a);                     \
+            gate_up_tile<TYPE, StoredTile<TYPE, WEIGHTS, VECTOR, BM, WM, WN, STAGES, false>>(a);   \
         }
 #    define MPAD_GATE_UP_CODED(NAME, TYPE, VECTOR, BM, WM, WN, BLOCKS)                             \
         MPAD_KERNEL((WM) * (WN) * WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                    \
         {                                                                                          \
-            gate_up_tile<TYPE, Bytes, VECTOR, BM, WM, WN, 2, true>(a);                             \
+            gate_up_tile<TYPE, StoredTile<TYPE, Bytes, VECTOR, BM, WM, WN, 2, true>>(a);           \
         }
 #else
 #    define MPAD_GATE_UP_TILE(NAME, TYPE, WEIGHTS, VECTOR, BM, WM, WN, STAGES, BLOCKS)
 #    define MPAD_GATE_UP_CODED(NAME, TYPE, VECTOR, BM, WM, WN, BLOCKS)
+#endif
+#if MPAD_HAVE_BYTES_TILE
+#    define MPAD_GATE_UP_BYTES_TILE(NAME, TYPE, BM, WM, WN, BLOCKS)                                \
+        MPAD_KERNEL((WM) * (WN) * WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                    \
+        {                                                                                          \
+            gate_up_tile<TYPE, ByteTile<TYPE, BM, WM, WN>>(a);                                     \
+        }
+#else
+#    define MPAD_GATE_UP_BYTES_TILE(NAME, TYPE, BM, WM, WN, BLOCKS)
 #endif

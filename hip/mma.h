@@ -459,5 +459,95 @@ template <class T> DEV void tile_step(Acc &a, const TileFrag &x, const TileFrag 
     slab_fast<T>(a, x, __builtin_bit_cast(WeightFrag, w));
 }
 
+#        if MPAD_MAP == 1
+#            define MPAD_HAVE_BYTES 1
+#            define MPAD_HAVE_BYTES_TILE 1
+// Bytes as they are: a fragment is those of both steps, 128 k of a row in LDS; lanes hold what they
+// hold of 16-bit elements.
+struct ByteFrag {
+    TileFrag step[TILE_STEPS];
+};
+DEV ByteFrag byte_frag(Lds tile, int row0, int lane)
+{
+    return {{tile_tokens(tile, row0, 0, lane), tile_tokens(tile, row0, 1, lane)}};
+}
+template <class V> struct ByteFragOf {
+    V part[sizeof(ByteFrag) / sizeof(V)];
+};
+typedef int i4 __attribute__((ext_vector_type(4)));
+typedef int i8 __attribute__((ext_vector_type(8)));
+// Kinds of products, by the types of tokens and weights; float8 is of the target's formats.
+// PRODUCT: c + w x of a PART of the fragments. Sums are the bits of SUM; value(): one as float32.
+#            define MPAD_BYTES_KIND(NAME, SUM, PART, PRODUCT)                                      \
+                struct NAME {                                                                      \
+                    static DEV float value(float sum)                                              \
+                    {                                                                              \
+                        return (float)__builtin_bit_cast(SUM, sum);                                \
+                    }                                                                              \
+                    static DEV void multiply(Acc &sums, const ByteFrag &tokens,                    \
+                                             const ByteFrag &weights)                              \
+                    {                                                                              \
+                        typedef SUM Sums __attribute__((ext_vector_type(4)));                      \
+                        typedef ByteFragOf<PART> Parts;                                            \
+                        Sums c = __builtin_bit_cast(Sums, sums);                                   \
+                        UNROLL for (int i = 0; i < (int)(sizeof(ByteFrag) / sizeof(PART)); i++)    \
+                        {                                                                          \
+                            PART x = __builtin_bit_cast(Parts, tokens).part[i];                    \
+                            PART w = __builtin_bit_cast(Parts, weights).part[i];                   \
+                            c = PRODUCT;                                                           \
+                        }                                                                          \
+                        sums = __builtin_bit_cast(Acc, c);                                         \
+                    }                                                                              \
+                };
+#            if defined(__gfx950__) // e4m3fn, e5m2
+#                define MPAD_HAVE_E4M3_BYTES 1
+#                define MPAD_HAVE_E5M2_BYTES 1
+#                define MPAD_FLOAT8(W)                                                             \
+                    __builtin_amdgcn_mfma_scale_f32_16x16x128_f8f6f4(w, x, c, W, 0, 0, 0, 0, 0)
+constexpr float E4M3_LARGEST = 448.f;
+MPAD_BYTES_KIND(Int8Int8, int, i4, __builtin_amdgcn_mfma_i32_16x16x64_i8(w, x, c, 0, 0, 0))
+MPAD_BYTES_KIND(E4m3E4m3, float, i8, MPAD_FLOAT8(0))
+MPAD_BYTES_KIND(E4m3E5m2, float, i8, MPAD_FLOAT8(1))
+#            elif defined(__gfx942__) // e4m3fnuz
+#                define MPAD_HAVE_E4M3_BYTES 1
+constexpr float E4M3_LARGEST = 240.f;
+MPAD_BYTES_KIND(Int8Int8, int, i64, __builtin_amdgcn_mfma_i32_16x16x32_i8(w, x, c, 0, 0, 0))
+MPAD_BYTES_KIND(E4m3E4m3, float, i64, __builtin_amdgcn_mfma_f32_16x16x32_fp8_fp8(w, x, c, 0, 0, 0))
+#            else
+MPAD_BYTES_KIND(Int8Int8, int, int, __builtin_amdgcn_mfma_i32_16x16x16i8(w, x, c, 0, 0, 0))
+#            endif
+
+DEV float code_clamp(float v, float largest) // a NaN stays one
+{
+    return v > largest ? largest : v < -largest ? -largest : v;
+}
+DEV u64 int8_bytes(const float (&v)[8]) // rounded to nearest even, between -127 and 127
+{
+    u64 bytes = 0;
+    UNROLL for (int i = 0; i < 8; i++) bytes |=
+        (u64)(float_bits(code_clamp(v[i], 127.f) + 0x1.8p23f) & 255) << 8 * i;
+    return bytes;
+}
+#            if MPAD_HAVE_E4M3_BYTES
+DEV u64 e4m3_bytes(const float (&v)[8]) // the same, the format's largest at most
+{
+    u32 half[2];
+    UNROLL for (int h = 0; h < 2; h++)
+    {
+        float c[4];
+        UNROLL for (int i = 0; i < 4; i++) c[i] = code_clamp(v[4 * h + i], E4M3_LARGEST);
+        int pair = __builtin_amdgcn_cvt_pk_fp8_f32(c[0], c[1], 0, false);
+        half[h] = (u32)__builtin_amdgcn_cvt_pk_fp8_f32(c[2], c[3], pair, true);
+    }
+    return (u64)half[1] << 32 | half[0];
+}
+#            else
+DEV u64 e4m3_bytes(const float (&)[8])
+{
+    return 0;
+}
+#            endif
+#        endif
+
 #    endif
 #endif

@@ -20,10 +20,18 @@ constexpr int TILE_MAX_STAGES = 8, TILE_SUM_PITCH = TILE_B + 8;
 constexpr int TILE_MAX_STAGES = 2, TILE_SUM_PITCH = TILE_B + 4;
 #endif
 
+// Sums of products as float32.
+struct FloatSums {
+    static DEV float value(float sum)
+    {
+        return sum;
+    }
+};
+
 // BM rows of A by WM x WN waves; wave (wm, wn) has rows wm * BM / WM on and, of each half of B,
 // rows wn * 64 / WN on.
 template <class T, class W, bool VECTOR, int BM, int WM, int WN, int STAGES_WANTED> struct Tile {
-    static constexpr int THREADS = WM * WN * WAVE;
+    static constexpr int A_ROWS = BM, THREADS = WM * WN * WAVE;
     static constexpr int STAGES = STAGES_WANTED < TILE_MAX_STAGES ? STAGES_WANTED : TILE_MAX_STAGES;
     static constexpr int TM = BM / WM / 16, TN = TILE_B / WN / 16;
     static constexpr int PASS = THREADS / 8; // rows staged by one load of every thread
@@ -90,15 +98,40 @@ template <class T, class W, bool VECTOR, int BM, int WM, int WN, int STAGES_WANT
         UNROLL for (int i = FROM; i < TO; i++) UNROLL for (int j = 0; j < TN; j++)
             tile_step<T>(acc[i][j], x[i], w[j]);
     }
+    // First rows of the fragments of wave (wm, wn) in a stage.
+    static DEV int a_first(int i, int wm)
+    {
+        return wm * (BM / WM) + i * 16;
+    }
+    static DEV int b_first(int j, int wn)
+    {
+        return j / (TN / 2) * TILE_HALF + wn * (TILE_HALF / WN) + j % (TN / 2) * 16;
+    }
     DEV void read_a(TileFrag (&x)[TM], Lds stage, int step) const
     {
         UNROLL for (int i = 0; i < TM; i++) x[i] =
-            tile_tokens(stage, wave_id() / WN * (BM / WM) + i * 16, step, (int)lane_id());
+            tile_tokens(stage, a_first(i, wave_id() / WN), step, (int)lane_id());
     }
     DEV TileFrag read_b(Lds stage, int step, int j) const
     {
-        int r = j / (TN / 2) * TILE_HALF + wave_id() % WN * (TILE_HALF / WN) + j % (TN / 2) * 16;
-        return tile_weights(stage + BM * 128, r, step, (int)lane_id());
+        return tile_weights(stage + BM * 128, b_first(j, wave_id() % WN), step, (int)lane_id());
+    }
+    // sum += acc, as SUMS has it, times the scales of its rows of B and, with CODED, of A; acc = 0.
+    template <class SUMS, bool CODED> DEV void fold(Acc (&sum)[TM][TN], Lds scales, Lds inputs)
+    {
+        int lane = (int)lane_id(), wn = wave_id() % WN;
+        UNROLL for (int j = 0; j < TN; j++) UNROLL for (int q = 0; q < ACC; q++)
+        {
+            float scale = lds_read<float>(scales + (b_first(j, wn) + acc_row(q, lane)) * 4);
+            UNROLL for (int i = 0; i < TM; i++)
+            {
+                float part = SUMS::value(acc[i][j].v[q]);
+                if constexpr (CODED)
+                    part *= lds_read<float>(inputs + (i * 16 + acc_token(q, lane)) * 4);
+                sum[i][j].v[q] = fused_mul_add(part, scale, sum[i][j].v[q]);
+                acc[i][j].v[q] = 0.f;
+            }
+        }
     }
 
 #if MPAD_NVIDIA

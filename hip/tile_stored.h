@@ -9,6 +9,9 @@
 template <class T, class W, bool VECTOR, int BM, int WM, int WN, int STAGES, bool CODED>
 struct StoredTile : Tile<T, W, VECTOR, BM, WM, WN, STAGES> {
     typedef Tile<T, W, VECTOR, BM, WM, WN, STAGES> Base;
+    static constexpr bool IS_CODED = CODED, IS_SCALED = W::BITS < 16;
+    typedef u16 Input; // an element of A; bytes of one of A, of B
+    static constexpr int A_ITEM = sizeof(Input), B_ITEM = W::BITS < 16 ? 1 : 2;
     static constexpr int THREADS = Base::THREADS, TM = Base::TM, TN = Base::TN;
     static constexpr int GROUP = 32, GROUPS = TILE_K / GROUP; // columns of one scale at least
     static constexpr int SCALES = GROUPS * TILE_B, INPUT_SCALES = CODED ? GROUPS * BM : 0;
@@ -122,26 +125,6 @@ struct StoredTile : Tile<T, W, VECTOR, BM, WM, WN, STAGES> {
             }
         }
     }
-    // sum += acc times the scales of column group g of the stage; acc = 0.
-    DEV void fold(Acc (&sum)[TM][TN], Lds stage, int g)
-    {
-        int lane = (int)lane_id(), wm = wave_id() / WN, wn = wave_id() % WN;
-        Lds scales = stage + Base::STAGE_BYTES + g * TILE_B * 4;
-        Lds inputs = stage + Base::STAGE_BYTES + (SCALES + g * BM + wm * (BM / WM)) * 4;
-        UNROLL for (int j = 0; j < TN; j++) UNROLL for (int q = 0; q < ACC; q++)
-        {
-            int n = j / (TN / 2) * TILE_HALF + wn * (TILE_HALF / WN) + j % (TN / 2) * 16;
-            float scale = lds_read<float>(scales + (n + acc_row(q, lane)) * 4);
-            UNROLL for (int i = 0; i < TM; i++)
-            {
-                float part = this->acc[i][j].v[q];
-                if constexpr (CODED)
-                    part *= lds_read<float>(inputs + (i * 16 + acc_token(q, lane)) * 4);
-                sum[i][j].v[q] = fused_mul_add(part, scale, sum[i][j].v[q]);
-                this->acc[i][j].v[q] = 0.f;
-            }
-        }
-    }
     // Two LDS stages; global memory is read two tiles ahead, one of them in registers.
     DEV void run(const mpad_gpu_args &args, const mpad_gpu_scale &s, const mpad_gpu_codes &codes)
     {
@@ -179,7 +162,10 @@ struct StoredTile : Tile<T, W, VECTOR, BM, WM, WN, STAGES> {
                 bool is_end = next >= this->k;
                 if (is_end || (s.column_phase + next) >> s.column_log2 !=
                                   (s.column_phase + next - GROUP) >> s.column_log2)
-                    fold(sum, stage, g);
+                    this->template fold<FloatSums, CODED>(
+                        sum, stage + Base::STAGE_BYTES + g * TILE_B * 4,
+                        stage + Base::STAGE_BYTES +
+                            (SCALES + g * BM + this->a_first(0, wave_id() / WN)) * 4);
             }
             block_barrier(); // tile kt + 1 is in LDS; tile kt is read
         }

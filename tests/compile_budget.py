@@ -10,6 +10,7 @@ _CDNA = {
     r"mpad_route_\w+": (128, 4),  # one block of 16 waves is 4 per SIMD
     r"mpad_down_stream1_\w+": (256, 2),  # one block of 8 waves per compute unit
     r"mpad_\w+_stream\d?_\w+": (128, 4),  # two
+    r"mpad_\w+_bytes_tile16_\w+": (168, 3),  # stages and fragments of 128 columns, both ways
     r"mpad_\w+_tile(16|32)_\w+": (128, 2),  # LDS allows two to three blocks of 4 waves
     r"mpad_\w+_tile64_\w+": (256, 2),  # two blocks of 4 waves share 64 KiB LDS once each
     r"mpad_\w+_tile128_\w+": (256, 1),  # its stages take all of the LDS: one block
@@ -64,6 +65,8 @@ NVIDIA = {"sm_80": _SM, "sm_90": _SM, "sm_90a": _SM}
 _TILES = {
     r"mpad_(gate_up|down)_tile64_bf16": {"gfx90a": 0.92, "gfx942": 0.76, "gfx950": 0.52},
     r"mpad_(gate_up|down)_tile128_bf16": {"gfx90a": 0.92, "gfx942": 0.81, "gfx950": 0.63},
+    # With the scaling of the sums that calls with scales by column do, others at the end.
+    r"mpad_(gate_up|down)_bytes_tile64_bf16": {"gfx90a": 0.81, "gfx942": 0.44, "gfx950": 0.24},
 }
 MFMA_USE = {
     arch: {pattern: least[arch] for pattern, least in _TILES.items()}

@@ -92,6 +92,8 @@ def image_symbols(arch):
     for family, symbol in variants():
         if family.endswith(("_WARPGROUP", "_BYTES")) and arch != "sm_90a":
             continue
+        if family.endswith("_BYTES_TILE") and arch.startswith("sm_"):
+            continue
         if family.endswith(("_TILE", "_CODED", "CODES")) and arch.startswith("gfx1"):
             continue
         yield symbol

@@ -13,6 +13,7 @@ import ml_dtypes
 import moepad
 import numpy as np
 import pytest
+from fakehip import bridge
 from moepad import reference
 from moepad.testing import check_bits, check_close, quantise
 
@@ -132,7 +133,13 @@ def pad(
     return wide, masks
 
 
-def run(call: dict[str, Any], device: int, masks: dict[str, Array] | None = None) -> Array:
+def run(
+    call: dict[str, Any],
+    device: int,
+    masks: dict[str, Array] | None = None,
+    kernels: list[str] | None = None,
+) -> Array:
+    """The result on a device; `kernels` gets the names of those that ran."""
     there = {
         name: fakehip.to_device(value, device, where=(masks or {}).get(name))
         if isinstance(value, np.ndarray)
@@ -143,6 +150,8 @@ def run(call: dict[str, Any], device: int, masks: dict[str, Array] | None = None
     out = fakehip.DeviceArray(x.shape, x.dtype, device)
     try:
         moepad.fused_moe(**there, out=out)
+        if kernels is not None:
+            kernels += [report.kernel.name for report in bridge.log.launches]
     finally:
         fakehip.check()
     return out.numpy()
@@ -239,19 +248,54 @@ def test_quantised_activations(kind: Kind, device: int) -> None:
 
     Fixed scales take turns with those of the values.
     """
-    for turn, size, call in turns(kind, CODED, device):
-        call["hidden_states"][2] = 0
-        exact = reference.fused_moe(**call)
-        call["quant_activations"] = coded(kind)
-        if turn % 3 == 0:
-            call["x_scale"] = np.array([0.011], np.float32)
-            call["h_scale"] = np.array([0.002], np.float32)
-        result = run(call, device)
-        expected = reference.fused_moe(**call)
-        check_close(result, expected, reference.naive(**call)[None])
-        assert np.abs(result - expected).mean() < 0.3 * np.abs(result - exact).mean()
-        wide, masks = pad(call, kind, -(-size[3] // 64) * 64 + 64)
-        check_bits(run(wide, device, masks), result)
+    for turn, _, call in turns(kind, CODED, device):
+        check_coded(kind, call, device, is_fixed=turn % 3 == 0)
+
+
+def check_coded(kind: Kind, call: dict[str, Any], device: int, is_fixed: bool) -> list[str]:
+    """The kernels that ran, those of the padded tensors after those of the others."""
+    call["hidden_states"][2] = 0
+    exact = reference.fused_moe(**call)
+    call["quant_activations"] = coded(kind)
+    if is_fixed:
+        call["x_scale"] = np.array([0.011], np.float32)
+        call["h_scale"] = np.array([0.002], np.float32)
+    kernels: list[str] = []
+    result = run(call, device, kernels=kernels)
+    expected = reference.fused_moe(**call)
+    check_close(result, expected, reference.naive(**call)[None])
+    assert np.abs(result - expected).mean() < 0.3 * np.abs(result - exact).mean()
+    wide, masks = pad(call, kind, -(-call["n_inter"] // 64) * 64 + 64)
+    check_bits(run(wide, device, masks, kernels), result)
+    return kernels
+
+
+# Rows of whole 16 bytes; of several stages of the tiles of bytes, few and many tokens to an expert.
+BYTE_SIZES = [(6, 2, 400, 48), (72, 2, 144, 272)]
+BYTE_KINDS = [kind for kind in CODED if kind.options.get("block", (0, 128))[1] == 128] + [
+    Kind("fp8_block", {"dtype": "f8_e4m3fnuz"}, phase=32),
+    Kind("fp8_block", {"dtype": "f8_e5m2", "block": (32, 256)}, phase=160),
+]
+
+
+def is_native(kind: Kind, device: int) -> bool:
+    """Whether the device's matrix unit takes weights, and codes, as the bytes they are."""
+    formats = {"gfx90a": (), "gfx942": ("f8_e4m3fnuz",), "gfx950": ("f8_e4m3fn", "f8_e5m2")}
+    dtype = kind.options.get("dtype")
+    return dtype is None or dtype in formats[fakehip.ARCHS[device]]
+
+
+@pytest.mark.parametrize("kind", BYTE_KINDS, ids=lambda kind: f"{kind.name}-{kind.phase}")
+def test_bytes_where_the_device_multiplies_them(kind: Kind, device: int) -> None:
+    """The kernels taken, and that what they give is right as that of all others."""
+    turn = BYTE_KINDS.index(kind) + device
+    for size in BYTE_SIZES if is_native(kind, device) else BYTE_SIZES[:1]:
+        turn += 1
+        dtype = "bf16" if turn // 2 % 2 or is_refused(kind, "f16", device) else "f16"
+        call = build(kind, dtype, size, is_gated=turn % 2 == 0)
+        kernels = check_coded(kind, call, device, is_fixed=turn % 3 == 0)
+        family = "_bytes_tile" if is_native(kind, device) else "_coded"
+        assert sum(family in name for name in kernels) == 4  # two products, padded and not
 
 
 @pytest.mark.parametrize("kind", CODED, ids=lambda kind: kind.name)

@@ -193,6 +193,46 @@ def test_slab(maps, name):
     assert len(seen) == 16 * m["tokens"]
 
 
+# Bytes per lane of an instruction, and the k of byte i of a lane in group g of four.
+BYTE_PRODUCTS = {
+    "mfma 16x16x16 i8": (4, lambda g, i: 4 * g + i),
+    "mfma 16x16x32 fp8, i8": (8, lambda g, i: 8 * g + i),
+    "mfma 16x16x64 i8": (16, lambda g, i: 16 * g + i),
+    "mfma 16x16x128 f8f6f4": (32, lambda g, i: 64 * (i // 16) + 16 * g + i % 16),
+}
+
+
+@pytest.mark.parametrize("name", BYTE_PRODUCTS)
+def test_bytes(maps, name):
+    """A fragment of bytes, both steps' chunks of a row, in parts as the instruction takes them."""
+    each, k_of = BYTE_PRODUCTS[name]
+    m = maps("CDNA")["maps"]
+    rng = np.random.default_rng(1)
+    weights, tokens = rng.integers(-9, 9, (2, 16, 128))
+
+    def fragment(lane, key, matrix):
+        ((row, chunk),) = lane[key]
+        return np.concatenate([matrix[row, 16 * (4 * s + chunk) :][:16] for s in range(2)])
+
+    w = [fragment(lane, "x", weights) for lane in m]
+    x = [fragment(lane, "x", tokens) for lane in m]
+    acc = sum(
+        matrix_product(
+            [f[at : at + each] for f in w],
+            [f[at : at + each] for f in x],
+            lambda lane, i: k_of(lane >> 4, i),
+            4 * each,
+            lambda lane, i: (4 * (lane >> 4) + i, lane & 15),
+            4,
+        )
+        for at in range(0, 32, each)
+    )
+    expected = tokens @ weights.T
+    for lane, values in zip(m, acc, strict=True):
+        for (token, row), value in zip(lane["d"], values, strict=True):
+            assert value == expected[token, row]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_element_once(maps, family):
     """Weights and accumulators are covered evenly: each the same number of times."""

@@ -41,6 +41,8 @@ DENSE = [
     ("mfma_f32_16x16x32_fp8_fp8", ("gfx942", "gfx950"), 16, 32, 8, "long", "fp8"),
     ("mfma_f32_16x16x32_bf8_bf8", ("gfx942", "gfx950"), 16, 32, 8, "long", "bf8"),
     ("mfma_f32_32x32x16_fp8_fp8", ("gfx942", "gfx950"), 32, 16, 8, "long", "fp8"),
+    ("mfma_i32_16x16x16i8", ("gfx90a",), 16, 16, 4, "int", "i8"),
+    ("mfma_i32_16x16x64_i8", ("gfx950",), 16, 64, 16, "i32x4", "i8"),
     ("mfma_i32_16x16x32_i8", ("gfx942", "gfx950"), 16, 32, 8, "long", "i8"),
     ("mfma_i32_32x32x16_i8", ("gfx942", "gfx950"), 32, 16, 8, "long", "i8"),
     ("mfma_f32_16x16x4f32", ("gfx90a", "gfx942", "gfx950"), 16, 4, 1, "float", "f32"),
@@ -110,17 +112,22 @@ def test_dense(arch, case):
         assert np.allclose(out, ref, rtol=1e-6, atol=1e-6)
 
 
-FORMATS = [(0, 0), (1, 1), (4, 4), (2, 2), (3, 3), (0, 4), (4, 1)]
+FORMATS = [(0, 0), (1, 1), (1, 0), (4, 4), (2, 2), (3, 3), (0, 4), (4, 1)]
 
 
 def scaled_source():
-    """One kernel for each shape and pair of formats."""
+    """Kernels for each shape and pair of formats: with scales, and the form without."""
     return "".join(
         f"""KERNEL(64) k_{M}_{ka}_{kb}(const i32x8 *a, const i32x8 *b, const int *sa, const int *sb,
                            const {T} *c, {T} *o)
 {{
     o[TID] = __builtin_amdgcn_mfma_scale_f32_{M}x{M}x{K}_f8f6f4(
         a[TID], b[TID], c[TID], {ka}, {kb}, 2, sa[TID], 2, sb[TID]);
+}}
+KERNEL(64) plain_{M}_{ka}_{kb}(const i32x8 *a, const i32x8 *b, const {T} *c, {T} *o)
+{{
+    o[TID] = __builtin_amdgcn_mfma_scale_f32_{M}x{M}x{K}_f8f6f4(
+        a[TID], b[TID], c[TID], {ka}, {kb}, 0, 0, 0, 0);
 }}
 """
         for M, K, T in ((16, 128, "f32x4"), (32, 64, "f32x16"))
@@ -130,7 +137,7 @@ def scaled_source():
 
 @pytest.mark.parametrize("ka,kb", FORMATS)
 @pytest.mark.parametrize("M", [16, 32])
-def test_f8f6f4_scaled(M, ka, kb):
+def test_f8f6f4(M, ka, kb):
     rng = np.random.default_rng(6)
     fmts = [formats.FP8_OCP, formats.BF8_OCP, formats.FP6, formats.BF6, formats.FP4]
     K, G = (128, 4) if M == 16 else (64, 2)
@@ -139,7 +146,8 @@ def test_f8f6f4_scaled(M, ka, kb):
         fmt = fmts[k]
         codes = fmt.encode(rng.normal(size=(M, K)), True)
         scale = rng.integers(120, 134, (M, K // 32))
-        value = fmt.decode(codes).astype(float) * np.repeat(2.0 ** (scale - 127), 32, axis=1)
+        plain = fmt.decode(codes).astype(float)
+        value = plain * np.repeat(2.0 ** (scale - 127), 32, axis=1)
         words = np.zeros((64, 8), np.uint32)
         for lane in range(64):
             g, r = lane // M, lane % M
@@ -154,16 +162,18 @@ def test_f8f6f4_scaled(M, ka, kb):
         sreg = np.array(
             [int(scale[i % M, i // M]) << 16 | 0x55000011 for i in range(64)], np.uint32
         )
-        return words, sreg, value
+        return words, sreg, value, plain
 
-    a, sa, av = operand(ka)
-    b, sb, bv = operand(kb)
+    a, sa, av, ap = operand(ka)
+    b, sb, bv, bp = operand(kb)
     n = M * M // 64
     c, out = rng.normal(size=(64, n)).astype(np.float32), np.zeros((64, n), np.float32)
     run("gfx950", scaled_source(), [a, b, sa, sb, c, out], f"k_{M}_{ka}_{kb}")
     lane, reg = np.meshgrid(np.arange(64), np.arange(n), indexing="ij")
-    ref = (av @ bv.T)[4 * G * (reg // 4) + 4 * (lane // M) + reg % 4, lane % M] + c
-    assert np.allclose(out, ref, rtol=1e-6, atol=1e-6)
+    at = 4 * G * (reg // 4) + 4 * (lane // M) + reg % 4, lane % M
+    assert np.allclose(out, (av @ bv.T)[at] + c, rtol=1e-6, atol=1e-6)
+    run("gfx950", scaled_source(), [a, b, c, out], f"plain_{M}_{ka}_{kb}")
+    assert np.allclose(out, (ap @ bp.T)[at] + c, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("arch", ["gfx90a", "gfx942", "gfx950"])
