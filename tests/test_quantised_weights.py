@@ -1020,14 +1020,14 @@ def test_update_of_input_scales(tmp_path: Path, kind: str) -> None:
     sizes, tensors = make_static("ct fp8 tensor")
     new = make_static("ct fp8 tensor", seed=9)[1]
     without = {key: values for key, values in new.items() if "input_scale" not in key}
-    bad = {**new, f"{PREFIX}.2.w2.input_scale": np.float32([0])}
+    bad = {**new, f"{PREFIX}.2.w2.input_scale": np.float32([-1])}
 
     def given(name: str, tensors: Tensors) -> Any:
         return write_folder(tmp_path / name, tensors) if kind == "folder" else tensors
 
     experts = moepad.load_experts(tensors, PREFIX, moepad.plan(**sizes))
     x_scale, h_scale = experts.x_scale, experts.h_scale
-    with pytest.raises(CheckpointError, match="not positive"):
+    with pytest.raises(CheckpointError, match="negative"):
         experts.update(given("bad", bad))
     assert experts.x_scale is x_scale and experts.h_scale is h_scale
     check_scales(experts, tensors)
@@ -1038,6 +1038,17 @@ def test_update_of_input_scales(tmp_path: Path, kind: str) -> None:
     check_scales(experts, without)
     experts.update(given("new", new))
     check_scales(experts, new)
+
+
+def test_input_scales_of_zero() -> None:
+    """One expert's is left out of the largest; where all are 0 there is none."""
+    sizes, tensors = make_static("ct fp8 tensor")
+    tensors[f"{PREFIX}.1.w2.input_scale"] = np.float32([0])
+    check_scales(moepad.load_experts(tensors, PREFIX, moepad.plan(**sizes)), tensors)
+    for key in [key for key in tensors if key.endswith("w2.input_scale")]:
+        tensors[key] = np.float32([0])
+    experts = moepad.load_experts(tensors, PREFIX, moepad.plan(**sizes))
+    assert experts.h_scale is None and experts.x_scale is not None
 
 
 def test_failed_update_of_input_scales() -> None:
@@ -1063,7 +1074,7 @@ def test_update_of_input_scales_from_other_names() -> None:
     assert not experts.extras
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 0, -1, 3e38])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1, 3e38])
 def test_wrong_input_scale(tmp_path: Path, value: float) -> None:
     """By name of tensor and file; of another rank's expert it is none of this rank's faults."""
     sizes, tensors = make_static("quark fp8")

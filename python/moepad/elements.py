@@ -52,7 +52,7 @@ def as_held(part: Part, stored: Stored, values: Array, dtype: np.dtype[Any]) -> 
     Raises
     ------
     CheckpointError
-        A scale is not finite, one of activations not positive, or a weight to be converted is NaN.
+        A scale is not finite, one of activations negative, or a weight to be converted is NaN.
     """
     if part.is_scale:
         held = _same_or_wider(values, dtype)
@@ -62,9 +62,9 @@ def as_held(part: Part, stored: Stored, values: Array, dtype: np.dtype[Any]) -> 
         is_one_byte = values.dtype.itemsize == 1
         wrong = values.view(np.uint8) == _E8M0_NAN if is_one_byte else ~np.isfinite(held)
         fault = "NaN or infinite; quantise the weights again"
-        if part.is_optional:  # activations are divided by it
-            wrong |= held <= 0
-            fault = "NaN, infinite or not positive; calibrate the activations again"
+        if part.is_optional:  # of activations; 0 of an expert that calibration never reached
+            wrong |= held < 0
+            fault = "NaN, infinite or negative; calibrate the activations again"
         if wrong.any():
             raise CheckpointError(
                 f"{stored}: {np.count_nonzero(wrong)} of {wrong.size} scales are {fault}"

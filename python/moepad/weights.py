@@ -80,7 +80,7 @@ def load_experts(
     CheckpointError
         A tensor is missing, stored twice, of another shape or dtype, or does not belong; an expert
         is missing or beyond the plan; a file is truncated, corrupt or missing; a scale, or a weight
-        to be converted, is NaN; a scale of activations is not positive.
+        to be converted, is NaN; a scale of activations is negative.
     DeviceError
         The device's runtime is missing, or reports a failure; nothing stays allocated.
     UnsupportedError
@@ -117,7 +117,8 @@ class Experts:
     x_scale, h_scale : array of float32, [1], or None
         Fixed scales of the inputs of w13 and of w2, where the checkpoint has static ones: the
         largest of all that this rank's experts have (of x, gate's and up's), as SGLang and vLLM
-        take it, so ranks with other experts may have another one. None unless each expert has one.
+        take it, so ranks with other experts may have another one. None unless each expert has one,
+        and if all are 0.
     extras : dict of str to array
         What the checkpoint has beside the weights, as it is there, by its name below the prefix:
         scales of activations, each by itself, shapes.
@@ -691,7 +692,7 @@ _SCALE = np.dtype(np.float32)  # of activations, as `fused_moe` takes them
 def _input_scale(
     into: str, beside: dict[str, list[_Piece]], extras: dict[str, Array], plan: Plan
 ) -> Array | None:
-    """The largest of an input's scales; None unless every expert here has one."""
+    """The largest of an input's scales; None unless every expert here has one, and if it is 0."""
     largest, experts = _SCALE.type(0), set[int]()
     for name, places in beside.items():
         part, expert = places[0].part, places[0].expert
@@ -700,8 +701,8 @@ def _input_scale(
             largest = values.max(initial=largest)
             everyone = range(plan.expert_start, plan.expert_stop)
             experts.update(everyone if expert is None else [expert])
-    has_all = experts and len(experts) == plan.n_expert
-    return np.array([largest], _SCALE) if has_all else None
+    has_all = len(experts) == plan.n_expert
+    return np.array([largest], _SCALE) if has_all and largest > 0 else None
 
 
 _ZEROS = 0x77777777  # eight zero points, stored less one
