@@ -359,7 +359,7 @@ def write_fused_tensor(layer: Quantised) -> Tensors:
     return {
         "gate_up_proj": joined(layer.weights, "concat"),
         "gate_up_proj_scale_inv": both,
-        "gate_up_proj_activation_scale": np.arange(len(both), dtype=np.float32),
+        "gate_up_proj_activation_scale": np.arange(1, len(both) + 1, dtype=np.float32),
         "down_proj": layer.weights["down"],
         "down_proj_scale_inv": layer.scales["down"][:, None, None],
     }

@@ -21,11 +21,11 @@ import pytest
 from checkpoints import FORMATS, PREFIX, make_checkpoint, read_file, write_folder
 from moepad import _core
 from moepad.devices import DeviceArray, memory_of, on_host
-from test_quantised_weights import make, sizes_of
+from test_quantised_weights import make, make_static, sizes_of
 from test_weights import Lazy
 
 DEVICE = "hip:1"  # of fakehip.ARCHS: gfx942
-NAMES = ("w13", "w2", "w13_scale", "w2_scale", "w13_bias", "w2_bias")
+NAMES = ("w13", "w2", "w13_scale", "w2_scale", "w13_bias", "w2_bias", "x_scale", "h_scale")
 SIZES: dict[str, Any] = {"n_hidden": 64, "n_inter": 96, "n_expert": 4}
 
 
@@ -230,6 +230,43 @@ def test_a_fault_in_an_update_is_undone(function: str) -> None:
         else:
             experts.update(old)
     assert n_fault >= 2
+
+
+def test_input_scales() -> None:
+    """Where the weights are, in place; whatever call fails, all is what it was."""
+    sizes, old = make_static("quark fp8")
+    new = make_static("quark fp8", seed=9)[1]
+    plan = moepad.plan(**sizes)
+    there = moepad.load_experts(old, PREFIX, plan, device=DEVICE)
+    here = moepad.load_experts(old, PREFIX, plan)
+    scales = there.x_scale, there.h_scale
+    assert all(isinstance(scale, DeviceArray) and scale.device == DEVICE for scale in scales)
+    x = np.random.default_rng(0).standard_normal((3, sizes["n_hidden"])).astype(ml_dtypes.bfloat16)
+    arrays = [x, np.ones((3, 1), np.float32), np.array([[0], [2], [1]], np.int32)]
+    out = fakehip.to_device(np.zeros_like(x), 1)
+
+    def check_call() -> None:
+        there(*(fakehip.to_device(a, 1) for a in arrays), out=out, quant_activations="fp8")
+        assert are_close(out, here(*arrays, quant_activations="fp8"))
+
+    check_call()
+    before = bits_of(there)
+    assert before == bits_of(here)
+    there.update(new)
+    with fakehip.failing(""):
+        there.update(old)
+        n_call = fakehip.count_calls("hipMemcpyAsync")
+    for n in (1, n_call - 1, n_call):  # the scales come last
+        with (
+            fakehip.failing(f"hipMemcpyAsync:{n}"),
+            pytest.raises(moepad.DeviceError, match="hipMemcpyAsync"),
+        ):
+            there.update(new)
+        assert bits_of(there) == before, n
+    there.update(new)
+    here.update(new)
+    assert (there.x_scale, there.h_scale) == scales and bits_of(there) == bits_of(here)
+    check_call()
 
 
 def test_a_wrong_source_allocates_nothing() -> None:

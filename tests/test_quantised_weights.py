@@ -883,6 +883,212 @@ def test_tp8_is_tp1(name: str, split: str, align: int, rng: np.random.Generator)
     assert np.abs(error).max() < 0.05 * np.abs(right).max() and np.abs(right).max() > 1e-3
 
 
+# --- Scales of activations -----------------------------------------------------------------------
+
+
+STATIC = ["ct fp8 tensor", "quark fp8", "modelopt fp8"]
+NAMES_OF = {"x_scale": ("gate_proj", "up_proj", "w1", "w3"), "h_scale": ("down_proj", "w2")}
+
+
+def make_static(name: str, seed: int = 0, **sizes: int) -> tuple[dict[str, Any], Tensors]:
+    """Sizes and a checkpoint in which no two scales of activations are the same."""
+    form = FORMATS[name]
+    tensors = make(form, sizes_of(form, **sizes), seed)[1]
+    rng = np.random.default_rng(seed)
+    for key in [key for key in tensors if key.endswith("input_scale")]:
+        tensors[key] = rng.uniform(0.01, 0.03, tensors[key].shape).astype(np.float32)
+    return sizes_of(form, **sizes), tensors
+
+
+def stored_scales(tensors: Tensors, into: str, experts: range) -> list[Array]:
+    names = [f"{PREFIX}.{e}.{name}.input_scale" for e in experts for name in NAMES_OF[into]]
+    return [tensors[name] for name in names if name in tensors]
+
+
+def check_scales(experts: moepad.Experts, tensors: Tensors, factor: int = 1) -> None:
+    plan = experts.plan
+    for into in NAMES_OF:
+        scale = getattr(experts, into)
+        held = stored_scales(tensors, into, range(plan.expert_start, plan.expert_stop))
+        if not held:
+            assert scale is None
+            continue
+        assert scale.shape == (1,) and scale.dtype == np.float32
+        assert scale == factor * max(float(value.item()) for value in held)
+
+
+def routed_to(sizes: dict[str, Any]) -> tuple[Array, Array, Array]:
+    rng = np.random.default_rng(7)
+    x = rng.standard_normal((5, sizes["n_hidden"])).astype(ml_dtypes.bfloat16)
+    ids = np.stack([rng.permutation(sizes["n_expert"])[:2] for _ in x]).astype(np.int32)
+    return x, rng.random((5, 2), np.float32), ids
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f8_e4m3fnuz"])
+@pytest.mark.parametrize("name", STATIC)
+def test_input_scales(tmp_path: Path, name: str, dtype: str) -> None:
+    """The largest of each rank's experts, from a checkpoint and from what its ranks saved."""
+    sizes, tensors = make_static(name, n_expert=5)
+    factor = 2 if dtype == "f8_e4m3fnuz" else 1
+    shares = Ranks(3, 2, "padded", 64)  # the third has no columns
+    for plan in plans_of(sizes, shares, dtype=dtype):
+        experts = moepad.load_experts(tensors, PREFIX, plan)
+        check_scales(experts, tensors, factor)
+        for key, values in experts.extras.items():
+            check_bits(np.atleast_1d(values), np.atleast_1d(tensors[f"{PREFIX}.{key}"]))
+        experts.save(tmp_path)
+    for plan in plans_of(sizes, Ranks(2, 3, "true", 1), dtype=dtype):
+        check_scales(moepad.load_experts(tmp_path, PREFIX, plan), tensors, factor)
+
+
+def test_input_scales_of_all_experts_in_one_tensor() -> None:
+    """A rank takes those of its own; there is none for down in this form."""
+    form = FORMATS["fused fp8 tensor"]
+    tensors = make(form, sizes_of(form))[1]
+    tensors[f"{PREFIX}.gate_up_proj_activation_scale"] = np.float32([1, 3, 2])
+    for ep_size, expected in ((1, [3]), (2, [3, 2]), (4, [1, 3, 2, None])):
+        for plan, scale in zip(
+            plans_of(sizes_of(form), Ranks(1, ep_size, "true", 1)), expected, strict=True
+        ):
+            experts = moepad.load_experts(tensors, PREFIX, plan)
+            assert experts.h_scale is None
+            assert (experts.x_scale is None) if scale is None else (experts.x_scale == scale)
+
+
+def test_an_expert_without_input_scale() -> None:
+    """No scale for that input then, but for a rank whose experts all have one."""
+    sizes, tensors = make_static("quark fp8")
+    del tensors[f"{PREFIX}.0.down_proj.input_scale"]
+    experts = moepad.load_experts(tensors, PREFIX, moepad.plan(**sizes))
+    assert experts.x_scale is not None and experts.h_scale is None
+    check_same(experts.state_dict(), tensors)
+    last = moepad.load_experts(tensors, PREFIX, moepad.plan(**sizes, ep_size=2, ep_rank=1))
+    check_scales(last, tensors)
+    del tensors[f"{PREFIX}.2.up_proj.input_scale"]  # gate's, of the same input, is there
+    check_scales(moepad.load_experts(tensors, PREFIX, last.plan), tensors)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f8_e4m3fnuz"])
+@pytest.mark.parametrize("name", STATIC)
+def test_call_with_input_scales(name: str, dtype: str) -> None:
+    """As `fused_moe` with them by hand; from the values where the call says so."""
+    sizes, tensors = make_static(name)
+    experts = moepad.load_experts(tensors, PREFIX, moepad.plan(**sizes, dtype=dtype))
+    activation = "silu" if sizes["gated"] else "relu2"
+    x, *routing = routed_to(sizes)
+
+    def by_hand(**more: Any) -> Array:
+        arrays, held = held_by(experts, *routing)
+        result: Array = moepad.fused_moe(x, *arrays, **held, **more, activation=activation)
+        return result
+
+    def call(**more: Any) -> Array:
+        result: Array = experts(x, *routing, **more, activation=activation)
+        return result
+
+    static = {"x_scale": experts.x_scale, "h_scale": experts.h_scale}
+    dynamic = by_hand(quant_activations="fp8")
+    check_bits(call(quant_activations="fp8"), by_hand(quant_activations="fp8", **static))
+    assert (call(quant_activations="fp8") != dynamic).any()
+    for into in static:  # the call speaks for both
+        check_bits(call(quant_activations="fp8", **{into: None}), dynamic)
+    own = np.float32([0.5])
+    expected = by_hand(quant_activations="fp8", h_scale=own)
+    check_bits(call(quant_activations="fp8", h_scale=own), expected)
+    for more in ({}, {"quant_activations": "none"}):
+        check_bits(call(**more), by_hand())
+
+
+def test_fnuz_input_scales_give_the_same_range() -> None:
+    """A code of e4m3fnuz is half of e4m3fn's of the same bits: what is not clipped, is the same."""
+    sizes, tensors = make_static("quark fp8")
+    for key in [key for key in tensors if key.endswith("input_scale")]:
+        tensors[key] = np.float32(2.0 if "down" in key else 2**-5)
+    x, *routing = routed_to(sizes)
+    results = []
+    for dtype in ("bf16", "f8_e4m3fnuz"):
+        experts = moepad.load_experts(tensors, PREFIX, moepad.plan(**sizes, dtype=dtype))
+        arrays, held = held_by(experts, *routing)
+        static = {"x_scale": experts.x_scale, "h_scale": experts.h_scale}
+        results.append(reference.fused_moe(x, *arrays, **held, **static, quant_activations="fp8"))
+    np.testing.assert_allclose(*results, rtol=1e-6, atol=1e-6 * np.abs(results[0]).max())
+
+
+@pytest.mark.parametrize("kind", ["dict", "folder"])
+def test_update_of_input_scales(tmp_path: Path, kind: str) -> None:
+    """In place while there are any; all or nothing."""
+    sizes, tensors = make_static("ct fp8 tensor")
+    new = make_static("ct fp8 tensor", seed=9)[1]
+    without = {key: values for key, values in new.items() if "input_scale" not in key}
+    bad = {**new, f"{PREFIX}.2.w2.input_scale": np.float32([-1])}
+
+    def given(name: str, tensors: Tensors) -> Any:
+        return write_folder(tmp_path / name, tensors) if kind == "folder" else tensors
+
+    experts = moepad.load_experts(tensors, PREFIX, moepad.plan(**sizes))
+    x_scale, h_scale = experts.x_scale, experts.h_scale
+    with pytest.raises(CheckpointError, match="negative"):
+        experts.update(given("bad", bad))
+    assert experts.x_scale is x_scale and experts.h_scale is h_scale
+    check_scales(experts, tensors)
+    experts.update(given("new", new))
+    assert experts.x_scale is x_scale and experts.h_scale is h_scale
+    check_scales(experts, new)
+    experts.update(given("without", without))
+    check_scales(experts, without)
+    experts.update(given("new", new))
+    check_scales(experts, new)
+
+
+def test_input_scales_of_zero() -> None:
+    """One expert's is left out of the largest; where all are 0 there is none."""
+    sizes, tensors = make_static("ct fp8 tensor")
+    tensors[f"{PREFIX}.1.w2.input_scale"] = np.float32([0])
+    check_scales(moepad.load_experts(tensors, PREFIX, moepad.plan(**sizes)), tensors)
+    for key in [key for key in tensors if key.endswith("w2.input_scale")]:
+        tensors[key] = np.float32([0])
+    experts = moepad.load_experts(tensors, PREFIX, moepad.plan(**sizes))
+    assert experts.h_scale is None and experts.x_scale is not None
+
+
+def test_failed_update_of_input_scales() -> None:
+    """Whichever read fails, the last one too, they are what they were."""
+    sizes, tensors = make_static("quark fp8", n_expert=1)
+    new = make_static("quark fp8", seed=9, n_expert=1)[1]
+    experts = moepad.load_experts(tensors, PREFIX, moepad.plan(**sizes))
+    complete = Lazy(new)
+    moepad.load_experts(tensors, PREFIX, experts.plan).update(complete)
+    for n in range(len(complete.asked)):
+        with pytest.raises(CheckpointError, match="OSError: the network"):
+            experts.update(Lazy(new, fail_at=n))
+        check_scales(experts, tensors)
+
+
+def test_update_of_input_scales_from_other_names() -> None:
+    """Extras of other names are not kept, the scales made of them are."""
+    sizes, tensors = make_static("quark fp8")
+    experts = moepad.load_experts(tensors, PREFIX, moepad.plan(**sizes))
+    other = make_static("ct fp8 tensor", seed=9)[1]
+    experts.update(other)
+    check_scales(experts, other)
+    assert not experts.extras
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1, 3e38])
+def test_wrong_input_scale(tmp_path: Path, value: float) -> None:
+    """By name of tensor and file; of another rank's expert it is none of this rank's faults."""
+    sizes, tensors = make_static("quark fp8")
+    name = f"{PREFIX}.2.up_proj.input_scale"
+    tensors[name] = np.array(value, np.float32)
+    folder = write_folder(tmp_path / "c", tensors)
+    plan = moepad.plan(**sizes, dtype="f8_e4m3fnuz")  # where 3e38 has no double
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} in .*c/model-.*1 of 1 scales"):
+        moepad.load_experts(folder, PREFIX, plan)
+    moepad.load_experts(folder, PREFIX, moepad.plan(**sizes, ep_size=2, ep_rank=0))
+    if value == 3e38:
+        check_scales(moepad.load_experts(folder, PREFIX, moepad.plan(**sizes)), tensors)
+
+
 # --- Memory --------------------------------------------------------------------------------------
 
 

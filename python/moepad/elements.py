@@ -52,7 +52,7 @@ def as_held(part: Part, stored: Stored, values: Array, dtype: np.dtype[Any]) -> 
     Raises
     ------
     CheckpointError
-        A scale is not finite, or a weight to be converted is NaN.
+        A scale is not finite, one of activations negative, or a weight to be converted is NaN.
     """
     if part.is_scale:
         held = _same_or_wider(values, dtype)
@@ -61,10 +61,13 @@ def as_held(part: Part, stored: Stored, values: Array, dtype: np.dtype[Any]) -> 
                 held = held * dtype.type(part.factor)
         is_one_byte = values.dtype.itemsize == 1
         wrong = values.view(np.uint8) == _E8M0_NAN if is_one_byte else ~np.isfinite(held)
+        fault = "NaN or infinite; quantise the weights again"
+        if part.is_optional:  # of activations; 0 of an expert that calibration never reached
+            wrong |= held < 0
+            fault = "NaN, infinite or negative; calibrate the activations again"
         if wrong.any():
             raise CheckpointError(
-                f"{stored}: {np.count_nonzero(wrong)} of {wrong.size} scales are NaN or infinite; "
-                "quantise the weights again"
+                f"{stored}: {np.count_nonzero(wrong)} of {wrong.size} scales are {fault}"
             )
         return held
     if part.into in ("w13", "w2") and values.dtype != dtype and dtype.name == "float8_e4m3fnuz":

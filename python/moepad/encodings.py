@@ -66,10 +66,12 @@ ENCODINGS = (
     Encoding(("mxfp4",), "_scales", "_blocks", ("u8",), "blocks"),
 )
 
-# Beside a weight: kept as they are and given back, but no part of the result here, where weights
-# alone are quantised (the scales of static activations) or the plan says the same (a shape, zero
-# points of symmetric weights, columns in order).
-_KEPT = ("input_scale", "activation_scale")
+# Beside a weight: the scale of static activations, by the tensor they go into.
+_INPUT_SCALES = ("input_scale", "activation_scale")
+_INTO = {"w13": "x_scale", "w2": "h_scale"}
+
+# Beside a weight: kept as they are and given back, but no part of the result here, where the plan
+# says the same (a shape, zero points of symmetric weights, columns in order).
 _SHAPE = "weight_shape"
 _WORD = 8  # 4-bit values of an int32
 
@@ -168,9 +170,10 @@ def _extras(part: Part, row: Encoding, block: tuple[int, int]) -> Iterable[Part]
         if part.name.endswith(".weight")
         else (part.name, "_")
     )
-    for name in _KEPT:
+    for name in _INPUT_SCALES:
         others = (f"{experts}1", f"{experts}11")
-        yield Part(f"{stem}{joint}{name}", "extra", experts, dtypes=_FLOATS, others=others)
+        into = _INTO[part.into]
+        yield Part(f"{stem}{joint}{name}", into, experts, dtypes=_FLOATS, others=others)
     if row.form == "words":
         axes = part.axes.removeprefix("E")
         yield Part(f"{stem}.{_SHAPE}", "extra", "G", dtypes=("i64", "i32"), states=axes)

@@ -28,7 +28,8 @@ class Part(NamedTuple):
     name : str
         Below the experts' prefix; {e} stands for the expert's number.
     into : str
-        "w13", "w2", these with "_scale" or "_bias", or "extra": kept as it is, not computed with.
+        "w13", "w2", these with "_scale" or "_bias"; "x_scale", "h_scale": fixed scales of the
+        inputs of w13 and of w2; or "extra": not computed with.
     axes : str
     halves : tuple of int
         The halves of w13 in it: 0 gate (or the only one), 1 up.
@@ -79,7 +80,8 @@ class Part(NamedTuple):
 
     @property
     def is_optional(self) -> bool:
-        return self.into == "extra"
+        """Beside the weights: kept as it is, and may be missing."""
+        return self.into in ("x_scale", "h_scale", "extra")
 
     @property
     def variants(self) -> tuple[Part, ...]:

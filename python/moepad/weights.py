@@ -80,7 +80,7 @@ def load_experts(
     CheckpointError
         A tensor is missing, stored twice, of another shape or dtype, or does not belong; an expert
         is missing or beyond the plan; a file is truncated, corrupt or missing; a scale, or a weight
-        to be converted, is NaN.
+        to be converted, is NaN; a scale of activations is negative.
     DeviceError
         The device's runtime is missing, or reports a failure; nothing stays allocated.
     UnsupportedError
@@ -95,7 +95,7 @@ def load_experts(
     memory = memory_of(device)
     inventory = _take_inventory(source, prefix, plan, layout)
     experts = Experts(plan, inventory.root, inventory.layout, memory)
-    experts._fill(inventory.pieces, progress)
+    experts._fill(inventory, progress)
     experts.extras = inventory.extras
     return experts
 
@@ -114,10 +114,14 @@ class Experts:
     w13_bias : array, [E, 2*Ip] or [E, Ip], or None
     w2_bias : array, [E, H], or None
         Zero except on tensor-parallel rank 0, so that the sum over ranks has it once.
+    x_scale, h_scale : array of float32, [1], or None
+        Fixed scales of the inputs of w13 and of w2, where the checkpoint has static ones: the
+        largest of all that this rank's experts have (of x, gate's and up's), as SGLang and vLLM
+        take it, so ranks with other experts may have another one. None unless each expert has one,
+        and if all are 0.
     extras : dict of str to array
-        What the checkpoint has beside the weights and no result here depends on, by its name below
-        the prefix: scales of statically quantised activations (activations are not quantised
-        here), shapes.
+        What the checkpoint has beside the weights, as it is there, by its name below the prefix:
+        scales of activations, each by itself, shapes.
     plan : Plan
     device : str
         "cpu", "cuda:0", "hip:0".
@@ -137,6 +141,8 @@ class Experts:
         self.w2_scale = _ones(memory, plan.w2_scale_shape, plan.scale_dtype)
         self.w13_bias = zeros(plan.w13_bias_shape, bias_dtype) if plan.w13_bias_shape else None
         self.w2_bias = zeros(plan.w2_bias_shape, bias_dtype) if plan.w2_bias_shape else None
+        self.x_scale: Any = None
+        self.h_scale: Any = None
         self.extras: dict[str, Array] = {}
         self.prefix, self.layout = root, layout.name
         self._layout = layout
@@ -164,7 +170,9 @@ class Experts:
         topk_weights, topk_ids : array, [M, k]
             Ids are those of the whole checkpoint, whatever experts this rank holds.
         **options
-            Of `moepad.fused_moe`: `activation`, `swiglu_limit`, `out`, ...
+            Of `moepad.fused_moe`: `activation`, `swiglu_limit`, `out`, ... With
+            `quant_activations`, the scales are the checkpoint's `x_scale` and `h_scale` unless the
+            call names either: with `x_scale=None` they come from the values, as where it has none.
 
         Returns
         -------
@@ -180,6 +188,9 @@ class Experts:
             }
             if plan.quant in ("fp8_block", "int4_group"):
                 options["block"] = plan.block
+            is_named = "x_scale" in options or "h_scale" in options
+            if options.get("quant_activations", "none") != "none" and not is_named:
+                options |= {"x_scale": self.x_scale, "h_scale": self.h_scale}
         return fused_moe(
             hidden_states,
             self.w13,
@@ -207,8 +218,10 @@ class Experts:
         that are in memory already (arrays and CPU tensors of a dict) are then copied, which cannot
         fail on a CPU. Reading others can still fail, and so can copies to a GPU: there the values
         about to be overwritten go to an unnamed temporary file first (in TMPDIR; as large as this
-        rank's tensors, gone afterwards) and come back if anything is raised. `extras` become those
-        of the source, if its tensors are named as those first loaded were, else there are none.
+        rank's tensors, gone afterwards) and come back if anything is raised. `x_scale` and
+        `h_scale` become those of the source, in place unless there was or will be none. `extras`
+        become those of the source, if its tensors are named as those first loaded were, else there
+        are none.
         Waits for all that is queued on the device; not for use while another thread runs the
         experts or captures a graph.
 
@@ -237,14 +250,14 @@ class Experts:
         self._memory.settle()
         if len(resident) == len(pieces) and self.device == "cpu":
             try:
-                self._fill(pieces, progress)
+                self._fill(inventory, progress)
             except BaseException:  # an interrupt, nothing else is left: finish, then pass it on
-                self._fill(pieces, progress=False)
+                self._fill(inventory, progress=False)
                 self._adopt(inventory)
                 raise
         else:
             with _undone_on_error() as keep:
-                self._fill(pieces, progress, keep)
+                self._fill(inventory, progress, keep)
         self._adopt(inventory)
 
     def state_dict(self) -> dict[str, Array]:
@@ -323,11 +336,11 @@ class Experts:
 
     def _fill(
         self,
-        pieces: list[_Piece],
+        inventory: _Inventory,
         progress: bool | None,
         before: Callable[[Any], None] = lambda view: None,
     ) -> None:
-        """Copy all pieces in; `before` is called with each view about to be written."""
+        """Copy all values in; `before` is called with each view about to be written."""
         from tqdm import tqdm  # type: ignore[import-untyped]
 
         own = self.plan.nbytes - self.plan.pad_nbytes
@@ -336,7 +349,7 @@ class Experts:
             total=own, desc=self.prefix, unit="B", unit_scale=True, leave=False, disable=disable
         )
         with bar_of as bar, self._memory.writing() as put:
-            for piece in pieces:
+            for piece in inventory.pieces:
                 stored, array = piece.stored, piece.stored.fetch()
                 if (array.shape, array.dtype) != (stored.shape, NUMPY_DTYPES[stored.dtype]):
                     raise CheckpointError(
@@ -350,6 +363,16 @@ class Experts:
                     put(here, values)
                     stored.release()
                     bar.update(here.nbytes)
+            scales: dict[str, Any] = dict.fromkeys(inventory.input_scales)
+            for name, scale in inventory.input_scales.items():
+                if scale is not None:
+                    here = getattr(self, name)
+                    if here is None:
+                        here = self._memory.zeros(scale.shape, scale.dtype)
+                    before(here)
+                    put(here, scale)
+                    scales[name] = here
+        self.x_scale, self.h_scale = scales["x_scale"], scales["h_scale"]
 
     def _check_values(self, piece: _Piece) -> None:
         """Fails where `_fill` would, for what is in memory."""
@@ -463,6 +486,7 @@ class _Inventory(NamedTuple):
     layout: Layout  # settled
     pieces: list[_Piece]
     extras: dict[str, Array]
+    input_scales: dict[str, Array | None]
 
 
 def _sizes(plan: Plan) -> Sizes:
@@ -529,7 +553,7 @@ def _take_inventory(source: SourceLike, prefix: str, plan: Plan, layout: str | N
     opened = open_source(source)
     root, found = find_experts(opened, prefix, _sizes(plan), layout)
     pieces: list[_Piece] = []
-    extras: dict[str, Array] = {}
+    beside: dict[str, list[_Piece]] = {}
     settled: dict[str, Part] = {}
     missing: list[tuple[str, Part]] = []
     for part, expert in _parts(found, plan):
@@ -546,7 +570,7 @@ def _take_inventory(source: SourceLike, prefix: str, plan: Plan, layout: str | N
         _check_cover(name, places, own)
         needed = [piece for piece in places if piece.held.overlap(own).area]
         if part.is_optional:
-            extras[part.name.format(e=expert)] = _extra(needed or places[:1], own, plan)
+            beside[part.name.format(e=expert)] = needed or places[:1]
         else:
             pieces += needed
     if missing:
@@ -558,7 +582,16 @@ def _take_inventory(source: SourceLike, prefix: str, plan: Plan, layout: str | N
             "make the plan with its n_expert, gated and bias"
         )
     found = replace(found, parts=tuple(settled.get(part.name, part) for part in found.parts))
-    return _rebased(_Inventory(root, found, pieces, extras), plan)
+    found = _rebased(found, root, plan)
+    parts = {part.name: part for part in found.parts}
+
+    def final(places: list[_Piece]) -> list[_Piece]:
+        return [piece._replace(part=parts[piece.part.name]) for piece in places]
+
+    beside = {name: final(places) for name, places in beside.items()}
+    extras = {name: _extra(places, plan) for name, places in beside.items()}
+    scales = {into: _input_scale(into, beside, extras, plan) for into in ("x_scale", "h_scale")}
+    return _Inventory(root, found, final(pieces), extras, scales)
 
 
 def _is_awq(shape: tuple[int, ...], gptq: tuple[int, ...]) -> bool:
@@ -602,7 +635,7 @@ def _place(stored: Stored, part: Part, expert: int | None, plan: Plan) -> _Piece
 
 def _accepted(part: Part, plan: Plan) -> tuple[str, ...]:
     """Types whose every value the tensor here holds exactly."""
-    if part.is_scale and plan.scale_dtype in ("bf16", "f16"):
+    if part.is_scale and not part.is_optional and plan.scale_dtype in ("bf16", "f16"):
         return (plan.scale_dtype,)
     if part.dtypes:
         return part.dtypes
@@ -613,42 +646,63 @@ def _accepted(part: Part, plan: Plan) -> tuple[str, ...]:
     return (plan.storage_dtype,)
 
 
-def _rebased(inventory: _Inventory, plan: Plan) -> _Inventory:
-    """With scales doubled where f8_e4m3fn becomes f8_e4m3fnuz, whose bytes mean half as much."""
-    layout = inventory.layout
+def _rebased(layout: Layout, root: str, plan: Plan) -> Layout:
+    """With scales doubled where f8_e4m3fn becomes f8_e4m3fnuz, whose bytes mean half as much.
+
+    Those of activations too, as SGLang's normalize_e4m3fn_to_e4m3fnuz does: their codes are of the
+    weights' type, and its largest value is 240 where the other's is 448.
+    """
     types = {p.dtypes[0] for p in layout.parts if p.into in ("w13", "w2") and len(p.dtypes) == 1}
     if "f8_e4m3fn" not in types or plan.storage_dtype != "f8_e4m3fnuz":
-        return inventory
+        return layout
     if len(types) > 1:
         raise CheckpointError(
-            f"{inventory.root}: expected weights of one type, got {' and '.join(sorted(types))}; "
+            f"{root}: expected weights of one type, got {' and '.join(sorted(types))}; "
             "convert the checkpoint to one of them"
         )
 
     def doubled(part: Part) -> Part:
         return part._replace(factor=2) if part.is_scale else part
 
-    return inventory._replace(
-        layout=replace(layout, parts=tuple(map(doubled, layout.parts))),
-        pieces=[piece._replace(part=doubled(piece.part)) for piece in inventory.pieces],
-    )
+    return replace(layout, parts=tuple(map(doubled, layout.parts)))
 
 
-def _extra(places: list[_Piece], own: _Region, plan: Plan) -> Array:
+def _extra(places: list[_Piece], plan: Plan) -> Array:
     """A tensor that is kept as it is: this rank's experts of it, of one or of several files."""
     places.sort(key=lambda piece: piece.held.expert_start)
     arrays = []
     for part, expert, stored, held in places:
-        both = held.overlap(own)
+        both = held.overlap(_own(plan, part, expert))
         array = stored.fetch()
         if expert is None:
             start = held.expert_start
             array = array[both.expert_start - start : both.expert_stop - start]
         if wrong := _misstated(part, array, plan):
             raise CheckpointError(f"{stored}: {wrong}")
+        if part.is_scale:
+            as_held(part, stored, array, _SCALE)  # fails where it is none
         arrays.append(np.array(array))
         stored.release()
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+_SCALE = np.dtype(np.float32)  # of activations, as `fused_moe` takes them
+
+
+def _input_scale(
+    into: str, beside: dict[str, list[_Piece]], extras: dict[str, Array], plan: Plan
+) -> Array | None:
+    """The largest of an input's scales; None unless every expert here has one, and if it is 0."""
+    largest, experts = _SCALE.type(0), set[int]()
+    for name, places in beside.items():
+        part, expert = places[0].part, places[0].expert
+        if part.into == into:
+            values = extras[name].astype(_SCALE) * _SCALE.type(part.factor)
+            largest = values.max(initial=largest)
+            everyone = range(plan.expert_start, plan.expert_stop)
+            experts.update(everyone if expert is None else [expert])
+    has_all = len(experts) == plan.n_expert
+    return np.array([largest], _SCALE) if has_all and largest > 0 else None
 
 
 _ZEROS = 0x77777777  # eight zero points, stored less one
