@@ -106,21 +106,23 @@ template <class T, int VALUES> DEV u4 chunk_decode(const mpad_gpu_args &, const 
     return __builtin_bit_cast(u4, s);
 }
 
-// Floats that are NaN or infinite become finite where the target does not convert them: see
-// chunk_special.
+// Of the float8 that the target converts, every value.
+#ifdef MPAD_CONVERTED
+template <class T> DEV u4 converted_decode(const Stored<Bytes> &s)
+{
+    u4 c;
+    UNROLL for (int i = 0; i < 2; i++)
+    {
+        c[2 * i] = T::template from_float8<0>(s.x[i]);
+        c[2 * i + 1] = T::template from_float8<1>(s.x[i]);
+    }
+    return c;
+}
+#endif
+// Other floats that are NaN or infinite become finite: see chunk_special.
 template <class T, int VALUES> DEV u4 chunk_decode(const mpad_gpu_args &a, const Stored<Bytes> &s)
 {
     u4 c;
-#ifdef MPAD_CONVERTED
-    if constexpr (VALUES == MPAD_CONVERTED) {
-        UNROLL for (int i = 0; i < 2; i++)
-        {
-            c[2 * i] = T::template from_float8<0>(s.x[i]);
-            c[2 * i + 1] = T::template from_float8<1>(s.x[i]);
-        }
-        return c;
-    }
-#endif
     UNROLL for (int i = 0; i < 4; i++)
     {
         u32 v = chunk_pair(s, i);
@@ -130,25 +132,17 @@ template <class T, int VALUES> DEV u4 chunk_decode(const mpad_gpu_args &a, const
     return c;
 }
 
-template <class T, int VALUES> DEV u4 chunk_decode(const mpad_gpu_args &, const Stored<Nibbles> &s)
+template <class T> DEV u4 e2m1_decode(u32 w)
 {
     u4 c;
-    if constexpr (VALUES == MPAD_GPU_VALUES_INTEGER) {
-        u32 even = s.x[0] & 0x0f0f0f0fu, odd = s.x[0] >> 4 & 0x0f0f0f0fu;
-        u32 v[4] = {bytes_of<0, 0, 4, 4>(even, odd), bytes_of<1, 1, 5, 5>(even, odd),
-                    bytes_of<2, 2, 6, 6>(even, odd), bytes_of<3, 3, 7, 7>(even, odd)};
-        UNROLL for (int i = 0; i < 4; i++) c[i] = integer_pair<T>(v[i] & 0x000f000fu, 0x00080008u);
-        return c;
-    }
 #if MPAD_CONVERTS_E2M1
-    c[0] = T::template from_e2m1<0>(s.x[0]);
-    c[1] = T::template from_e2m1<1>(s.x[0]);
-    c[2] = T::template from_e2m1<2>(s.x[0]);
-    c[3] = T::template from_e2m1<3>(s.x[0]);
-    return c;
-#endif
+    c[0] = T::template from_e2m1<0>(w);
+    c[1] = T::template from_e2m1<1>(w);
+    c[2] = T::template from_e2m1<2>(w);
+    c[3] = T::template from_e2m1<3>(w);
+#else
     u32 four[2];
-    nibbles_split(s.x[0], four);
+    nibbles_split(w, four);
     UNROLL for (int i = 0; i < 2; i++)
     {
         u32 low = nibbles_look_up(four[i], T::E2M1_LOW[0], T::E2M1_LOW[1]);
@@ -157,7 +151,24 @@ template <class T, int VALUES> DEV u4 chunk_decode(const mpad_gpu_args &, const 
         c[2 * i] = bytes_of<0, 4, 1, 5>(low, high);
         c[2 * i + 1] = bytes_of<2, 6, 3, 7>(low, high);
     }
+#endif
     return c;
+}
+template <class T> DEV u4 int4_decode(u32 w)
+{
+    u32 even = w & 0x0f0f0f0fu, odd = w >> 4 & 0x0f0f0f0fu;
+    u32 v[4] = {bytes_of<0, 0, 4, 4>(even, odd), bytes_of<1, 1, 5, 5>(even, odd),
+                bytes_of<2, 2, 6, 6>(even, odd), bytes_of<3, 3, 7, 7>(even, odd)};
+    u4 c;
+    UNROLL for (int i = 0; i < 4; i++) c[i] = integer_pair<T>(v[i] & 0x000f000fu, 0x00080008u);
+    return c;
+}
+template <class T, int VALUES> DEV u4 chunk_decode(const mpad_gpu_args &, const Stored<Nibbles> &s)
+{
+    if constexpr (VALUES == MPAD_GPU_VALUES_INTEGER)
+        return int4_decode<T>(s.x[0]);
+    else
+        return e2m1_decode<T>(s.x[0]);
 }
 
 // Bits that are set where a chunk has a NaN or an infinity; and the chunk's correction then.
@@ -186,7 +197,7 @@ DEV void chunks_decode(const mpad_gpu_args &a, u4 (&c)[N], const Stored<W> (&s)[
     } else {
 #ifdef MPAD_CONVERTED
         if (FORM::has(a, MPAD_CONVERTED)) {
-            UNROLL for (int i = 0; i < N; i++) c[i] = chunk_decode<T, MPAD_CONVERTED>(a, s[i]);
+            UNROLL for (int i = 0; i < N; i++) c[i] = converted_decode<T>(s[i]);
             return;
         }
 #endif
