@@ -809,7 +809,7 @@ def run_child(arguments: list[str], **variables: str) -> str:
     environment = sglang_environment.of_child(**variables)
     environment["PYTHONPATH"] += os.pathsep + str(Path(__file__).parent)
     done = subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, f"status {done.returncode}\n{done.stdout}\n{done.stderr[-8000:]}"
     return done.stdout
