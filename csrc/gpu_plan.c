@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-/* One row per symbol of variants.def. */
+/* One row per symbol of variants.def. A family of the second product follows that of the first. */
 enum family {
     FAMILY_ROUTE,
     FAMILY_GATE_UP_STREAM,
@@ -223,33 +223,48 @@ static bool is_16_byte(const void *pointer, int64_t ld)
     return (uintptr_t)pointer % 16 == 0 && ld % 8 == 0;
 }
 
-/* Rows start on the bytes of a chunk, 8 elements. Strides count stored elements. */
-static bool is_chunked(const void *pointer, int bits, int64_t ld0, int64_t ld1, int64_t ld2)
+static int64_t up_offset(const mpad_moe *moe)
 {
-    int n_element = bits < 8 ? 4 : 8; /* stored elements of a chunk */
-    return (uintptr_t)pointer % (unsigned)bits == 0 && ld0 % n_element == 0 &&
-           ld1 % n_element == 0 && ld2 % n_element == 0;
+    return moe->is_gated ? moe->w13_up_offset : 0;
 }
 
+/* Rows start on n_byte bytes, which are n_element stored elements, as strides count them. */
+static bool is_w13_aligned(const mpad_moe *moe, int n_byte, int n_element)
+{
+    return (uintptr_t)moe->w13 % (unsigned)n_byte == 0 && moe->w13_ld_expert % n_element == 0 &&
+           moe->w13_ld_row % n_element == 0 && up_offset(moe) % n_element == 0;
+}
+
+static bool is_w2_aligned(const mpad_moe *moe, int n_byte, int n_element)
+{
+    return (uintptr_t)moe->w2 % (unsigned)n_byte == 0 && moe->w2_ld_expert % n_element == 0 &&
+           moe->w2_ld_row % n_element == 0;
+}
+
+/* Rows start on the bytes of a chunk, 8 elements. */
 static bool is_vector_gate_up(const mpad_moe *moe)
 {
-    return is_16_byte(moe->hidden, moe->ld_hidden) &&
-           is_chunked(moe->w13, weight_bits(moe), moe->w13_ld_expert, moe->w13_ld_row,
-                      moe->is_gated ? moe->w13_up_offset : 0);
+    int bits = weight_bits(moe);
+    return is_16_byte(moe->hidden, moe->ld_hidden) && is_w13_aligned(moe, bits, bits < 8 ? 4 : 8);
 }
 
 static bool is_vector_down(const mpad_moe *moe)
 {
-    return is_chunked(moe->w2, weight_bits(moe), moe->w2_ld_expert, moe->w2_ld_row, 0) &&
-           moe->n_inter % 8 == 0;
+    int bits = weight_bits(moe);
+    return is_w2_aligned(moe, bits, bits < 8 ? 4 : 8) && moe->n_inter % 8 == 0;
 }
 
-/* Rows of n_k quantised weights start on 16 bytes and end with some. */
-static bool is_wide(const void *pointer, int bits, int64_t ld0, int64_t ld1, int64_t ld2,
-                    int64_t n_k)
+/* Rows of quantised weights start on 16 bytes and end with some. */
+static bool is_w13_wide(const mpad_moe *moe)
 {
-    return bits < Plain && (uintptr_t)pointer % 16 == 0 && ld0 % 16 == 0 && ld1 % 16 == 0 &&
-           ld2 % 16 == 0 && n_k * bits % 128 == 0;
+    int bits = weight_bits(moe);
+    return bits < Plain && is_w13_aligned(moe, 16, 16) && moe->n_hidden * bits % 128 == 0;
+}
+
+static bool is_w2_wide(const mpad_moe *moe)
+{
+    int bits = weight_bits(moe);
+    return bits < Plain && is_w2_aligned(moe, 16, 16) && moe->n_inter * bits % 128 == 0;
 }
 
 /* Bytes of one expert's weights, up to the last logical element. */
@@ -260,8 +275,7 @@ static int64_t expert_bytes(int bits, int64_t last_row, int64_t n_column)
 
 static int64_t w13_bytes(const mpad_moe *moe)
 {
-    int64_t up_offset = moe->is_gated ? moe->w13_up_offset : 0;
-    return expert_bytes(weight_bits(moe), (moe->n_inter - 1) * moe->w13_ld_row + up_offset,
+    return expert_bytes(weight_bits(moe), (moe->n_inter - 1) * moe->w13_ld_row + up_offset(moe),
                         moe->n_hidden);
 }
 
@@ -578,14 +592,12 @@ static void plan_codes(const mpad_gpu_target *target, const mpad_moe *moe, int s
                    mpad_lds_codes(target->wave));
 }
 
-/* Rows start on 16 bytes and end with some; scales by column have blocks of whole stages of 128
- * columns, from which a half tile's 64 rows of the warpgroup kernels take one. */
-static bool is_bytes_tensor(const mpad_gpu_target *target, const void *data, int64_t ld0,
-                            int64_t ld1, int64_t ld2, int64_t n_k, const mpad_scale *scale)
+/* Scales by column have blocks of whole stages of 128 columns, from which a half tile's 64 rows of
+ * the warpgroup kernels take one. */
+static bool is_bytes_scale(const mpad_gpu_target *target, const mpad_scale *scale)
 {
     bool is_half_one = scale->block_row % 64 == 0 && scale->row_phase % 64 == 0;
-    return (uintptr_t)data % 16 == 0 && ld0 % 16 == 0 && ld1 % 16 == 0 && ld2 % 16 == 0 &&
-           n_k % 16 == 0 && n_k > 0 && scale->dtype == MPAD_DTYPE_F32 &&
+    return scale->dtype == MPAD_DTYPE_F32 &&
            (scale->ld_column == 0 ||
             (scale->block_column % 128 == 0 && scale->column_phase % 16 == 0 &&
              (is_half_one || !target->have_wgmma)));
@@ -597,12 +609,9 @@ static bool is_bytes(const mpad_gpu_target *target, const mpad_moe *moe)
     unsigned format = moe->weight_dtype == MPAD_DTYPE_I8            ? BYTES_INT8
                       : moe->weight_dtype == MPAD_DTYPE_F8_E4M3FNUZ ? BYTES_FNUZ
                                                                     : BYTES_FN;
-    return moe->input != MPAD_INPUT_NONE && (target->bytes & format) &&
-           is_bytes_tensor(target, moe->w13, moe->w13_ld_expert, moe->w13_ld_row,
-                           moe->is_gated ? moe->w13_up_offset : 0, moe->n_hidden,
-                           &moe->w13_scale) &&
-           is_bytes_tensor(target, moe->w2, moe->w2_ld_expert, moe->w2_ld_row, 0, moe->n_inter,
-                           &moe->w2_scale);
+    return moe->input != MPAD_INPUT_NONE && (target->bytes & format) && moe->n_hidden > 0 &&
+           moe->n_inter > 0 && is_w13_wide(moe) && is_w2_wide(moe) &&
+           is_bytes_scale(target, &moe->w13_scale) && is_bytes_scale(target, &moe->w2_scale);
 }
 
 /* Many rows per expert: two grouped products through LDS and a sum over the slots. */
@@ -624,13 +633,12 @@ static mpad_code plan_tile(const mpad_gpu_target *target, const mpad_moe *moe, m
     bool is_wgmma = target->have_wgmma && is_vector && bits == Plain && want > 32;
     plan->is_code_byte = is_bytes(target, moe);
     is_vector = is_vector || plan->is_code_byte;
-    int is_byte_wgmma = plan->is_code_byte && target->have_wgmma;
-    int gate_up = tile_find(is_byte_wgmma        ? FAMILY_GATE_UP_BYTES
-                            : plan->is_code_byte ? FAMILY_GATE_UP_BYTES_TILE
-                            : is_coded           ? FAMILY_GATE_UP_CODED
-                            : is_wgmma           ? FAMILY_GATE_UP_WARPGROUP
-                                                 : FAMILY_GATE_UP_TILE,
-                            dtype, bits, is_vector, want);
+    enum family family = plan->is_code_byte && target->have_wgmma ? FAMILY_GATE_UP_BYTES
+                         : plan->is_code_byte                     ? FAMILY_GATE_UP_BYTES_TILE
+                         : is_coded                               ? FAMILY_GATE_UP_CODED
+                         : is_wgmma                               ? FAMILY_GATE_UP_WARPGROUP
+                                                                  : FAMILY_GATE_UP_TILE;
+    int gate_up = tile_find(family, dtype, bits, is_vector, want);
     plan->n_row_job = VARIANTS[gate_up].rows;
     plan_route(target, moe, plan);
     if (is_coded)
@@ -645,12 +653,7 @@ static mpad_code plan_tile(const mpad_gpu_target *target, const mpad_moe *moe, m
         tile_add(target, plan, gate_up, n_job, plan->n_column_tile_gate_up, moe->n_hidden, 0);
     if (is_coded)
         plan_codes(target, moe, CODES_H, n_pair, plan);
-    int down = tile_find(is_byte_wgmma        ? FAMILY_DOWN_BYTES
-                         : plan->is_code_byte ? FAMILY_DOWN_BYTES_TILE
-                         : is_coded           ? FAMILY_DOWN_CODED
-                         : is_wgmma           ? FAMILY_DOWN_WARPGROUP
-                                              : FAMILY_DOWN_TILE,
-                         dtype, bits, is_vector, plan->n_row_job);
+    int down = tile_find(family + 1, dtype, bits, is_vector, plan->n_row_job);
     plan->run_down = tile_add(target, plan, down, n_job, plan->n_column_tile_down, moe->n_inter,
                               plan->is_code_byte ? moe->w2_scale.column_phase % 128 : 0);
     int64_t columns = 8 * MPAD_COMBINE_THREADS;
@@ -752,7 +755,6 @@ static mpad_gpu_scale scale_make(const mpad_scale *scale)
 void mpad_gpu_args_make(const mpad_gpu_plan *plan, const mpad_moe *moe, const void *n_token_d,
                         mpad_dtype n_token_type, void *workspace, mpad_gpu_args *args)
 {
-    int64_t up_offset = moe->is_gated ? moe->w13_up_offset : 0;
     bool is_fnuz = moe->weight_dtype == MPAD_DTYPE_F8_E4M3FNUZ;
     *args = (mpad_gpu_args){
         .hidden = moe->hidden,
@@ -786,7 +788,7 @@ void mpad_gpu_args_make(const mpad_gpu_plan *plan, const mpad_moe *moe, const vo
         .ld_inter = plan->ld_inter,
         .ld_route = plan->ld_route,
         .w13_ld_row = (int)moe->w13_ld_row,
-        .w13_up_offset = (int)up_offset,
+        .w13_up_offset = (int)up_offset(moe),
         .w2_ld_row = (int)moe->w2_ld_row,
         .w13_bytes = moe->n_inter > 0 ? (int)w13_bytes(moe) : 0,
         .w2_bytes = moe->n_inter > 0 ? (int)w2_bytes(moe) : 0,
@@ -815,10 +817,8 @@ void mpad_gpu_args_make(const mpad_gpu_plan *plan, const mpad_moe *moe, const vo
         .w2_scale = scale_make(&moe->w2_scale),
         .stored_float = stored_float(moe),
         .weight_values = weight_values(moe),
-        .is_w13_wide = is_wide(moe->w13, weight_bits(moe), moe->w13_ld_expert, moe->w13_ld_row,
-                               up_offset, moe->n_hidden),
-        .is_w2_wide =
-            is_wide(moe->w2, weight_bits(moe), moe->w2_ld_expert, moe->w2_ld_row, 0, moe->n_inter),
+        .is_w13_wide = is_w13_wide(moe),
+        .is_w2_wide = is_w2_wide(moe),
         .is_code_byte = plan->is_code_byte,
         .x = codes_make(&plan->x, moe->x_scale, workspace),
         .h = codes_make(&plan->h, moe->h_scale, workspace),
