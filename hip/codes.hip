@@ -16,8 +16,7 @@ DEV float quotient(float v, float scale, float reciprocal)
 // rounds to it.
 DEV float code_nearest(const mpad_gpu_args &a, float v)
 {
-    float largest = a.code_largest;
-    v = v > largest ? largest : v < -largest ? -largest : v;
+    v = float_clamp(v, a.code_largest);
     int exponent = (int)(float_bits(v) >> 23 & 255u) - 127;
     exponent = a.weight_values == MPAD_GPU_VALUES_INTEGER ? 3
                : exponent < a.code_least_exponent         ? a.code_least_exponent

@@ -64,7 +64,7 @@ DEV void down_stream(const mpad_gpu_args &a, FORM)
                 n = n < a.n_hidden ? n : a.n_hidden - 1; // no other row's are read
                 w.scale_at[i] = scale_row(a.w2_scale, job.expert, 0, n);
             }
-            if (!FORM::is_folded && !FORM::by_column(a.w2_scale))
+            if (FORM::by_row(a.w2_scale))
                 row_scale = scale_load(a.w2_scale, w.scale_at[0], 0, true);
         }
         // Lanes beyond the job's rows read its last row: their sums are never stored.
@@ -118,7 +118,7 @@ DEV void down_stream(const mpad_gpu_args &a, FORM)
                 w.fetch(a.w2_scale, i, i);
                 fetch_inter(i);
             }
-            if (SCALED && !FORM::is_folded && !FORM::by_column(a.w2_scale))
+            if (FORM::by_row(a.w2_scale))
                 acc_scale(acc, sum, scale_value(a.w2_scale, this_scale));
         }
         if (last) {

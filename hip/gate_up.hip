@@ -68,7 +68,7 @@ DEV void gate_up_stream(const mpad_gpu_args &a, FORM)
                 column = column < a.n_inter ? column : a.n_inter - 1; // no other row's are read
                 w.scale_at[i] = scale_row(a.w13_scale, job.expert, half_of(r), column);
             }
-            if (!FORM::is_folded && !FORM::by_column(a.w13_scale))
+            if (FORM::by_row(a.w13_scale))
                 row_scale = scale_load(a.w13_scale, w.scale_at[0], 0, true);
         }
     };
@@ -143,7 +143,7 @@ DEV void gate_up_stream(const mpad_gpu_args &a, FORM)
                 multiply(i, s + i);
             w.fetch(a.w13_scale, i, i);
         }
-        if (SCALED && !FORM::is_folded && !FORM::by_column(a.w13_scale)) {
+        if (FORM::by_row(a.w13_scale)) {
             Acc part = acc;
             acc = acc_zero();
             acc_scale(acc, part, scale_value(a.w13_scale, this_scale));

@@ -517,15 +517,11 @@ MPAD_BYTES_KIND(E4m3E4m3, float, i64, __builtin_amdgcn_mfma_f32_16x16x32_fp8_fp8
 MPAD_BYTES_KIND(Int8Int8, int, int, __builtin_amdgcn_mfma_i32_16x16x16i8(w, x, c, 0, 0, 0))
 #            endif
 
-DEV float code_clamp(float v, float largest) // a NaN stays one
-{
-    return v > largest ? largest : v < -largest ? -largest : v;
-}
 DEV u64 int8_bytes(const float (&v)[8]) // rounded to nearest even, between -127 and 127
 {
     u64 bytes = 0;
     UNROLL for (int i = 0; i < 8; i++) bytes |=
-        (u64)(float_bits(code_clamp(v[i], 127.f) + 0x1.8p23f) & 255) << 8 * i;
+        (u64)(float_bits(float_clamp(v[i], 127.f) + 0x1.8p23f) & 255) << 8 * i;
     return bytes;
 }
 #            if MPAD_HAVE_E4M3_BYTES
@@ -535,7 +531,7 @@ DEV u64 e4m3_bytes(const float (&v)[8]) // the same, the format's largest at mos
     UNROLL for (int h = 0; h < 2; h++)
     {
         float c[4];
-        UNROLL for (int i = 0; i < 4; i++) c[i] = code_clamp(v[4 * h + i], E4M3_LARGEST);
+        UNROLL for (int i = 0; i < 4; i++) c[i] = float_clamp(v[4 * h + i], E4M3_LARGEST);
         int pair = __builtin_amdgcn_cvt_pk_fp8_f32(c[0], c[1], 0, false);
         half[h] = (u32)__builtin_amdgcn_cvt_pk_fp8_f32(c[2], c[3], pair, true);
     }

@@ -28,9 +28,10 @@ DEV u32 float_special(const mpad_gpu_stored_float &f, u32 w)
 // run time for the usual ones: branches would keep the compiler from having the work of several
 // slabs overlap.
 enum {
+    SCALE_NONE,         // weights are as T
     SCALE_ROW,          // one a row
-    SCALE_FETCH,        // the same for the slabs that are loaded together
     SCALE_FOLD,         // e8m0, one for 32 columns: a factor of the weights
+    SCALE_FETCH,        // from here on by column: the same for the slabs that are loaded together
     SCALE_COLUMN_E8M0,  // one for 32 columns
     SCALE_COLUMN_FLOAT, // of float32, bf16 or f16
     SCALE_COLUMN        // of any type, or one a row
@@ -46,9 +47,13 @@ template <int VALUES, int SCALE, bool WIDE> struct Form {
     {
         return VALUES == AT_RUN_TIME ? a.weight_values == values : VALUES == values;
     }
+    static DEV bool by_row(const mpad_gpu_scale &s)
+    {
+        return SCALE == AT_RUN_TIME ? s.ld_column == 0 : SCALE == SCALE_ROW;
+    }
     static DEV bool by_column(const mpad_gpu_scale &s)
     {
-        return SCALE == AT_RUN_TIME ? s.ld_column != 0 : SCALE != SCALE_ROW && !is_folded;
+        return SCALE == AT_RUN_TIME ? s.ld_column != 0 : SCALE >= SCALE_FETCH;
     }
 };
 typedef Form<AT_RUN_TIME, AT_RUN_TIME, false> AnyForm;
@@ -64,7 +69,7 @@ DEV void form_select(const mpad_gpu_args &a, const mpad_gpu_scale &scale, bool w
     bool is_e8m0 = scale.type == MPAD_GPU_E8M0;
     bool is_one = 1 << scale.column_log2 >= COLUMNS && scale.column_phase % COLUMNS == 0;
     if constexpr (W::BITS == 16)
-        return f(Form<MPAD_GPU_VALUES_OTHER, SCALE_ROW, false>());
+        return f(Form<MPAD_GPU_VALUES_OTHER, SCALE_NONE, false>());
     else if constexpr (!LOOP_PER_FORM || !VECTOR)
         return f(AnyForm());
     else if constexpr (W::BITS == 8) {
@@ -316,7 +321,6 @@ template <class W, class FORM> DEV constexpr int flight_depth(int wanted)
 // Up to N slabs of one walk along weights that are on their way to a wave, with their scales.
 // Groups of slabs are loaded and decoded together.
 template <class T, class W, bool VECTOR, class FORM, int N> struct Flight {
-    static constexpr bool IS_SCALED = W::BITS < 16;
     static constexpr int GROUP = FORM::is_wide            ? 16 / W::BITS
                                  : VECTOR && W::BITS < 16 ? STORED_FETCH
                                                           : 1;
@@ -391,7 +395,7 @@ template <class T, class W, bool VECTOR, class FORM, int N> struct Flight {
                 int column = k + s * 32 + lane_k(i);
                 scale[at + i] = scale_load_as<W, FORM>(scales, scale_at[i], column, column < end);
             }
-        } else if (IS_SCALED && FORM::by_column(scales)) {
+        } else if (FORM::by_column(scales)) {
             UNROLL for (int p = 0; p < GROUP; p += SHARE)
             {
                 int column = k + (s + p) * 32;
@@ -414,7 +418,7 @@ template <class T, class W, bool VECTOR, class FORM, int N> struct Flight {
             UNROLL for (int c = 0; c < GROUP * WEIGHT_CHUNKS; c++)
                 chunk_fold<T>(chunk[c], scale[at + c % WEIGHT_CHUNKS]);
         }
-        bool by_column = IS_SCALED && FORM::by_column(scales);
+        bool by_column = FORM::by_column(scales);
         Acc part = acc_zero();
         UNROLL for (int p = 0; p < GROUP; p++)
         {

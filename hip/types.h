@@ -52,6 +52,11 @@ DEV float bits_float(u32 x)
     return __builtin_bit_cast(float, x);
 }
 
+DEV float float_clamp(float v, float largest) // between -largest and it; a NaN stays one
+{
+    return v > largest ? largest : v < -largest ? -largest : v;
+}
+
 // Rounding is to nearest even; a NaN stays one.
 struct Bf16 {
     u16 bits;
