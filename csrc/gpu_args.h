@@ -12,18 +12,22 @@
 #endif
 
 /* The parts of the kernels: an element type, the bits of a stored weight, those of the type or
- * fewer, and those of x where it is rounded to codes. Each is an image of its own, so that a first
- * use compiles what it needs. Numbers for the preprocessor; the order is that of
- * mpad_gpu_part_name. */
+ * fewer, and those of x where it is rounded to codes; of quantised weights the kernels for few
+ * tokens and those for many. Each is an image of its own, so that a first use compiles what it
+ * needs. Numbers for the preprocessor; the order is that of mpad_gpu_part_name. */
 #define MPAD_PART_BF16 0
 #define MPAD_PART_F16 1
 #define MPAD_PART_BF16_W8 2
 #define MPAD_PART_F16_W8 3
 #define MPAD_PART_BF16_W4 4
 #define MPAD_PART_F16_W4 5
-#define MPAD_PART_BF16_W8X8 6
-#define MPAD_PART_F16_W8X8 7
-enum { MPAD_PART_COUNT = 8 };
+#define MPAD_PART_BF16_W8_PREFILL 6
+#define MPAD_PART_F16_W8_PREFILL 7
+#define MPAD_PART_BF16_W4_PREFILL 8
+#define MPAD_PART_F16_W4_PREFILL 9
+#define MPAD_PART_BF16_W8X8 10
+#define MPAD_PART_F16_W8X8 11
+enum { MPAD_PART_COUNT = 12 };
 
 /* Element codes of arrays whose type is read at run time. */
 enum { MPAD_GPU_F32, MPAD_GPU_BF16, MPAD_GPU_F16, MPAD_GPU_I32, MPAD_GPU_I64, MPAD_GPU_E8M0 };
@@ -208,12 +212,21 @@ MPAD_SHARED_FN int mpad_lds_tile_stored(int n_row, int is_coded)
     return 2 * ((n_row + 128) * 128 + 2 * (128 + (is_coded ? n_row : 0)) * 4);
 }
 
-/* Of warpgroup kernels: stages of 128 rows of weights and of n_row of tokens, of bytes also the
- * scales of two tiles' 128 rows. */
-enum { MPAD_LDS_ROW_SCALES = 2 * 128 * 4 };
-MPAD_SHARED_FN int mpad_lds_warpgroup(int n_row, int n_stage, int n_token_stage)
+/* Of warpgroup kernels: stages of 128 rows of weights, n_byte of each, and of n_row of tokens, 128
+ * bytes of each; the scales of two tiles' 128 rows; two stages of weights that are decoded. */
+enum { MPAD_LDS_ROW_SCALES = 2 * 128 * 4, MPAD_LDS_DECODED = 2 * 128 * 128 };
+MPAD_SHARED_FN int mpad_lds_warpgroup(int n_row, int n_byte, int n_stage, int n_token_stage)
 {
-    return (n_stage * 128 + n_token_stage * n_row) * 128 + MPAD_LDS_ROW_SCALES;
+    return n_stage * 128 * n_byte + n_token_stage * n_row * 128 + MPAD_LDS_ROW_SCALES +
+           (n_byte < 128 ? MPAD_LDS_DECODED : 0);
+}
+
+/* Of decoded tiles: stages of n_row rows of tokens, then of 128 rows of weights; a stage is n_group
+ * times 64 bytes of a row of weights, of n_bit each. */
+MPAD_SHARED_FN int mpad_lds_decoded(int n_row, int n_bit, int n_group, int n_stage,
+                                    int n_token_stage)
+{
+    return n_group * (n_token_stage * n_row * (1024 / n_bit) + n_stage * 128 * 64);
 }
 
 /* Largest magnitudes of the waves that make codes. */

@@ -12,6 +12,8 @@ enum family {
     FAMILY_DOWN_TILE,
     FAMILY_GATE_UP_WARPGROUP,
     FAMILY_DOWN_WARPGROUP,
+    FAMILY_GATE_UP_DECODED,
+    FAMILY_DOWN_DECODED,
     FAMILY_COMBINE,
     FAMILY_CODES,
     FAMILY_GATE_UP_CODED,
@@ -34,38 +36,42 @@ typedef struct variant {
     int is_vector;
     int blocks; /* per multiprocessor */
     int rows;   /* of a tile's job */
-    int waves, stages;
+    int waves, stages, groups;
 } variant;
 
 static const variant VARIANTS[] = {
 #define MPAD_ROUTE(NAME, STAGE, CODE) {.symbol = #NAME, .family = FAMILY_ROUTE, .is_vector = CODE},
 #define MPAD_GATE_UP_STREAM(NAME, TYPE, WEIGHTS, VECTOR, DEPTH, BLOCKS)                            \
-    {#NAME, FAMILY_GATE_UP_STREAM, TYPE, WEIGHTS, VECTOR, BLOCKS, 0, 0, 0},
+    {#NAME, FAMILY_GATE_UP_STREAM, TYPE, WEIGHTS, VECTOR, BLOCKS, 0, 0, 0, 0},
 #define MPAD_DOWN_STREAM(NAME, TYPE, WEIGHTS, VECTOR, DEPTH, BLOCKS)                               \
-    {#NAME, FAMILY_DOWN_STREAM, TYPE, WEIGHTS, VECTOR, BLOCKS, 0, 0, 0},
+    {#NAME, FAMILY_DOWN_STREAM, TYPE, WEIGHTS, VECTOR, BLOCKS, 0, 0, 0, 0},
 #define MPAD_GATE_UP_TILE(NAME, TYPE, WEIGHTS, VECTOR, BM, WM, WN, STAGES, BLOCKS)                 \
-    {#NAME, FAMILY_GATE_UP_TILE, TYPE, WEIGHTS, VECTOR, BLOCKS, BM, (WM) * (WN), STAGES},
+    {#NAME, FAMILY_GATE_UP_TILE, TYPE, WEIGHTS, VECTOR, BLOCKS, BM, (WM) * (WN), STAGES, 0},
 #define MPAD_DOWN_TILE(NAME, TYPE, WEIGHTS, VECTOR, BM, WM, WN, STAGES, BLOCKS)                    \
-    {#NAME, FAMILY_DOWN_TILE, TYPE, WEIGHTS, VECTOR, BLOCKS, BM, (WM) * (WN), STAGES},
-#define MPAD_GATE_UP_WARPGROUP(NAME, TYPE, BM, STAGES, BLOCKS)                                     \
-    {#NAME, FAMILY_GATE_UP_WARPGROUP, TYPE, Plain, true, BLOCKS, BM, (BM) / 16, STAGES},
-#define MPAD_DOWN_WARPGROUP(NAME, TYPE, BM, STAGES, BLOCKS)                                        \
-    {#NAME, FAMILY_DOWN_WARPGROUP, TYPE, Plain, true, BLOCKS, BM, (BM) / 16, STAGES},
+    {#NAME, FAMILY_DOWN_TILE, TYPE, WEIGHTS, VECTOR, BLOCKS, BM, (WM) * (WN), STAGES, 0},
+#define MPAD_GATE_UP_WARPGROUP(NAME, TYPE, WEIGHTS, BM, STAGES, BLOCKS)                            \
+    {#NAME, FAMILY_GATE_UP_WARPGROUP, TYPE, WEIGHTS, true, BLOCKS, BM, (BM) / 16, STAGES, 0},
+#define MPAD_DOWN_WARPGROUP(NAME, TYPE, WEIGHTS, BM, STAGES, BLOCKS)                               \
+    {#NAME, FAMILY_DOWN_WARPGROUP, TYPE, WEIGHTS, true, BLOCKS, BM, (BM) / 16, STAGES, 0},
+#define MPAD_GATE_UP_DECODED(NAME, TYPE, WEIGHTS, ROWS, GROUPS, STAGES, BLOCKS)                    \
+    {#NAME, FAMILY_GATE_UP_DECODED, TYPE, WEIGHTS, true, BLOCKS, ROWS, 8, STAGES, GROUPS},
+#define MPAD_DOWN_DECODED(NAME, TYPE, WEIGHTS, ROWS, GROUPS, STAGES, BLOCKS)                       \
+    {#NAME, FAMILY_DOWN_DECODED, TYPE, WEIGHTS, true, BLOCKS, ROWS, 8, STAGES, GROUPS},
 #define MPAD_COMBINE(NAME, TYPE)                                                                   \
     {.symbol = #NAME, .family = FAMILY_COMBINE, .dtype = TYPE, .is_vector = true},
-#define MPAD_CODES(NAME, TYPE, STAGE, CODE) {#NAME, FAMILY_CODES, TYPE, Bytes, CODE, 0, 0, 0, 0},
+#define MPAD_CODES(NAME, TYPE, STAGE, CODE) {#NAME, FAMILY_CODES, TYPE, Bytes, CODE, 0, 0, 0, 0, 0},
 #define MPAD_GATE_UP_CODED(NAME, TYPE, VECTOR, BM, WM, WN, BLOCKS)                                 \
-    {#NAME, FAMILY_GATE_UP_CODED, TYPE, Bytes, VECTOR, BLOCKS, BM, (WM) * (WN), 2},
+    {#NAME, FAMILY_GATE_UP_CODED, TYPE, Bytes, VECTOR, BLOCKS, BM, (WM) * (WN), 2, 0},
 #define MPAD_DOWN_CODED(NAME, TYPE, VECTOR, BM, WM, WN, BLOCKS)                                    \
-    {#NAME, FAMILY_DOWN_CODED, TYPE, Bytes, VECTOR, BLOCKS, BM, (WM) * (WN), 2},
+    {#NAME, FAMILY_DOWN_CODED, TYPE, Bytes, VECTOR, BLOCKS, BM, (WM) * (WN), 2, 0},
 #define MPAD_GATE_UP_BYTES_TILE(NAME, TYPE, BM, WM, WN, BLOCKS)                                    \
-    {#NAME, FAMILY_GATE_UP_BYTES_TILE, TYPE, Bytes, true, BLOCKS, BM, (WM) * (WN), 2},
+    {#NAME, FAMILY_GATE_UP_BYTES_TILE, TYPE, Bytes, true, BLOCKS, BM, (WM) * (WN), 2, 0},
 #define MPAD_DOWN_BYTES_TILE(NAME, TYPE, BM, WM, WN, BLOCKS)                                       \
-    {#NAME, FAMILY_DOWN_BYTES_TILE, TYPE, Bytes, true, BLOCKS, BM, (WM) * (WN), 2},
+    {#NAME, FAMILY_DOWN_BYTES_TILE, TYPE, Bytes, true, BLOCKS, BM, (WM) * (WN), 2, 0},
 #define MPAD_GATE_UP_BYTES(NAME, TYPE, BM, STAGES, BLOCKS)                                         \
-    {#NAME, FAMILY_GATE_UP_BYTES, TYPE, Bytes, true, BLOCKS, BM, (BM) / 16, STAGES},
+    {#NAME, FAMILY_GATE_UP_BYTES, TYPE, Bytes, true, BLOCKS, BM, (BM) / 16, STAGES, 0},
 #define MPAD_DOWN_BYTES(NAME, TYPE, BM, STAGES, BLOCKS)                                            \
-    {#NAME, FAMILY_DOWN_BYTES, TYPE, Bytes, true, BLOCKS, BM, (BM) / 16, STAGES},
+    {#NAME, FAMILY_DOWN_BYTES, TYPE, Bytes, true, BLOCKS, BM, (BM) / 16, STAGES, 0},
 #include "variants.def"
 #undef MPAD_ROUTE
 #undef MPAD_GATE_UP_STREAM
@@ -74,6 +80,8 @@ static const variant VARIANTS[] = {
 #undef MPAD_DOWN_TILE
 #undef MPAD_GATE_UP_WARPGROUP
 #undef MPAD_DOWN_WARPGROUP
+#undef MPAD_GATE_UP_DECODED
+#undef MPAD_DOWN_DECODED
 #undef MPAD_COMBINE
 #undef MPAD_CODES
 #undef MPAD_GATE_UP_CODED
@@ -93,16 +101,21 @@ const char *mpad_gpu_symbol(int variant)
 static const struct {
     const char *name;
     int dtype, bits;
-    bool is_coded; /* x and h are rounded to codes */
+    bool is_prefill; /* has the kernels of that regime only; 16-bit weights have all in one part */
+    bool is_coded;   /* x and h are rounded to codes */
 } PARTS[] = {
-    [MPAD_PART_BF16] = {"bf16", Bf16, Plain, false},
-    [MPAD_PART_F16] = {"f16", F16, Plain, false},
-    [MPAD_PART_BF16_W8] = {"bf16_w8", Bf16, Bytes, false},
-    [MPAD_PART_F16_W8] = {"f16_w8", F16, Bytes, false},
-    [MPAD_PART_BF16_W4] = {"bf16_w4", Bf16, Nibbles, false},
-    [MPAD_PART_F16_W4] = {"f16_w4", F16, Nibbles, false},
-    [MPAD_PART_BF16_W8X8] = {"bf16_w8x8", Bf16, Bytes, true},
-    [MPAD_PART_F16_W8X8] = {"f16_w8x8", F16, Bytes, true},
+    [MPAD_PART_BF16] = {"bf16", Bf16, Plain, false, false},
+    [MPAD_PART_F16] = {"f16", F16, Plain, false, false},
+    [MPAD_PART_BF16_W8] = {"bf16_w8", Bf16, Bytes, false, false},
+    [MPAD_PART_F16_W8] = {"f16_w8", F16, Bytes, false, false},
+    [MPAD_PART_BF16_W4] = {"bf16_w4", Bf16, Nibbles, false, false},
+    [MPAD_PART_F16_W4] = {"f16_w4", F16, Nibbles, false, false},
+    [MPAD_PART_BF16_W8_PREFILL] = {"bf16_w8_prefill", Bf16, Bytes, true, false},
+    [MPAD_PART_F16_W8_PREFILL] = {"f16_w8_prefill", F16, Bytes, true, false},
+    [MPAD_PART_BF16_W4_PREFILL] = {"bf16_w4_prefill", Bf16, Nibbles, true, false},
+    [MPAD_PART_F16_W4_PREFILL] = {"f16_w4_prefill", F16, Nibbles, true, false},
+    [MPAD_PART_BF16_W8X8] = {"bf16_w8x8", Bf16, Bytes, true, true},
+    [MPAD_PART_F16_W8X8] = {"f16_w8x8", F16, Bytes, true, true},
 };
 _Static_assert(sizeof(PARTS) / sizeof(PARTS[0]) == MPAD_PART_COUNT, "a row per part");
 
@@ -111,19 +124,25 @@ const char *mpad_gpu_part_name(int part)
     return part >= 0 && part < MPAD_PART_COUNT ? PARTS[part].name : NULL;
 }
 
-static int part_find(int dtype, int bits, bool is_coded)
+static int part_find(int dtype, int bits, bool is_prefill, bool is_coded)
 {
     int part = 0;
     while (PARTS[part].dtype != dtype || PARTS[part].bits != bits ||
+           PARTS[part].is_prefill != (is_prefill && bits < Plain) ||
            PARTS[part].is_coded != is_coded)
         part++;
     return part;
 }
 
+static bool is_decoded(const variant *v)
+{
+    return v->family == FAMILY_GATE_UP_DECODED || v->family == FAMILY_DOWN_DECODED;
+}
+
 static bool is_warpgroup(const variant *v)
 {
     return v->family == FAMILY_GATE_UP_WARPGROUP || v->family == FAMILY_DOWN_WARPGROUP ||
-           v->family >= FAMILY_GATE_UP_BYTES;
+           v->family >= FAMILY_GATE_UP_BYTES || is_decoded(v);
 }
 
 static bool is_byte_tile(const variant *v)
@@ -137,10 +156,14 @@ bool mpad_gpu_have_symbol(const mpad_gpu_target *target, int part, int variant)
     const struct variant *v = &VARIANTS[variant];
     bool is_coded = v->family >= FAMILY_CODES;
     bool is_tile = v->family == FAMILY_GATE_UP_TILE || v->family == FAMILY_DOWN_TILE || is_coded;
-    return (!v->dtype || v->dtype == PARTS[part].dtype) &&
-           (!v->bits || (v->bits == PARTS[part].bits && is_coded == PARTS[part].is_coded)) &&
-           (target->have_wgmma || !is_warpgroup(v)) && (target->have_tile || !is_tile) &&
-           (target->is_amd || !is_byte_tile(v));
+    bool is_stream = v->family == FAMILY_GATE_UP_STREAM || v->family == FAMILY_DOWN_STREAM;
+    bool is_in_part = v->bits == PARTS[part].bits && is_coded == PARTS[part].is_coded &&
+                      (v->bits == Plain || is_stream != PARTS[part].is_prefill);
+    bool is_of_regime =
+        v->family != FAMILY_COMBINE || PARTS[part].is_prefill || PARTS[part].bits == Plain;
+    return (!v->dtype || v->dtype == PARTS[part].dtype) && (!v->bits || is_in_part) &&
+           is_of_regime && (target->have_wgmma || !is_warpgroup(v)) &&
+           (target->have_tile || !is_tile) && (target->is_amd || !is_byte_tile(v));
 }
 
 /* Bits of a weight as it is stored. */
@@ -524,22 +547,34 @@ static int tile_find(enum family family, int dtype, int bits, int is_vector, int
     return best;
 }
 
+/* Columns of a stage of the warpgroup kernels, and its LDS. */
+static int stage_columns(const variant *v)
+{
+    return is_decoded(v) ? v->groups * 512 / v->bits : v->family >= FAMILY_GATE_UP_BYTES ? 128 : 64;
+}
+
+static int lds_warpgroup(const variant *v, int n_token_stage)
+{
+    return is_decoded(v)
+               ? mpad_lds_decoded(v->rows, v->bits, v->groups, v->stages, n_token_stage)
+               : mpad_lds_warpgroup(v->rows, v->family >= FAMILY_GATE_UP_BYTES ? 128 : 8 * v->bits,
+                                    v->stages, n_token_stage);
+}
+
 /* Where k is so short that beginning and end of a block take as long as its products, a block of
  * the warpgroup kernels takes as many tiles as make up for them, as long as there are blocks to
  * fill the device a few times; and keeps all k of its rows of tokens where that lets as many blocks
  * share a multiprocessor. */
 static mpad_gpu_tile_run run_of(const mpad_gpu_target *target, const variant *v, int64_t n_job,
-                                int n_tile, int64_t n_byte)
+                                int n_tile, int64_t n_k, int64_t n_stage)
 {
     enum { ENOUGH_BYTES = 4096, ROUNDS = 4, RESERVED = 1024 };
-    if (!is_warpgroup(v))
-        return (mpad_gpu_tile_run){.n_tile = 1};
+    int64_t n_byte = n_k * v->bits / 8;
     int64_t n_slot = (int64_t)target->n_multiprocessor * v->blocks;
     int64_t n = smaller(ENOUGH_BYTES / (n_byte + 1), n_job * n_tile / (n_slot * ROUNDS));
     n = n < 1 ? 1 : smaller(n, n_tile);
-    int64_t n_stage = (n_byte + 127) / 128;
-    bool fits = n_stage <= 64 && mpad_lds_warpgroup(v->rows, v->stages, (int)n_stage) + RESERVED <=
-                                     target->lds_multiprocessor / v->blocks;
+    bool fits = n_stage <= 64 &&
+                lds_warpgroup(v, (int)n_stage) + RESERVED <= target->lds_multiprocessor / v->blocks;
     return (mpad_gpu_tile_run){.n_tile = (int)n, .is_token_shared = n > 1 && fits};
 }
 
@@ -550,13 +585,14 @@ static mpad_gpu_tile_run tile_add(const mpad_gpu_target *target, mpad_gpu_plan *
 {
     const struct variant *v = &VARIANTS[variant];
     int n_stage = target->is_amd && v->stages > 2 ? 2 : v->stages; /* TILE_MAX_STAGES */
-    int64_t n_byte = n_k * v->bits / 8 + skip;
-    mpad_gpu_tile_run run = run_of(target, v, n_job, n_tile, n_byte);
-    int lds = is_warpgroup(v)
-                  ? mpad_lds_warpgroup(v->rows, n_stage,
-                                       run.is_token_shared ? (int)(n_byte + 127) / 128 : n_stage)
-              : v->bits == Plain ? mpad_lds_tile(v->rows, n_stage)
-                                 : mpad_lds_tile_stored(v->rows, v->family >= FAMILY_CODES);
+    mpad_gpu_tile_run run = {.n_tile = 1};
+    int lds = v->bits == Plain ? mpad_lds_tile(v->rows, n_stage)
+                               : mpad_lds_tile_stored(v->rows, v->family >= FAMILY_CODES);
+    if (is_warpgroup(v)) {
+        int64_t n_k_stage = (n_k + skip + stage_columns(v) - 1) / stage_columns(v);
+        run = run_of(target, v, n_job, n_tile, n_k + skip, n_k_stage);
+        lds = lds_warpgroup(v, run.is_token_shared ? (int)n_k_stage : n_stage);
+    }
     int64_t grid = n_job * ((n_tile + run.n_tile - 1) / run.n_tile);
     if (grid > 0)
         launch_add(target, plan, variant, grid, v->waves * target->wave, lds);
@@ -614,6 +650,32 @@ static bool is_bytes(const mpad_gpu_target *target, const mpad_moe *moe)
            is_bytes_scale(target, &moe->w13_scale) && is_bytes_scale(target, &moe->w2_scale);
 }
 
+/* Whether weights with such scales are decoded where wgmma multiplies them as T: scales are one a
+ * row; e8m0, which are factors of the weights; or one for whole groups of columns of decoded tiles,
+ * and, where `is_by_half`, for 64 rows and whole stages of the warpgroup tiles. */
+static bool is_decoded_scale(const mpad_moe *moe, const mpad_scale *scale, bool is_by_half)
+{
+    int bits = weight_bits(moe), group = is_by_half ? 64 : 512 / bits;
+    if (scale->ld_column == 0)
+        return bits == Bytes;
+    if (scale->dtype == MPAD_DTYPE_F8_E8M0)
+        return moe->dtype == MPAD_DTYPE_BF16 && scale->block_column == 32;
+    return (bits == Nibbles ? !is_by_half : scale->dtype == MPAD_DTYPE_F32) &&
+           scale->block_column % group == 0 && scale->column_phase % group == 0 &&
+           (!is_by_half || (scale->block_row % 64 == 0 && scale->row_phase % 64 == 0));
+}
+
+static bool is_decoded_weights(const mpad_moe *moe, bool is_by_half)
+{
+    int values = weight_values(moe);
+    bool is_known = values == MPAD_GPU_VALUES_INTEGER || values == MPAD_GPU_VALUES_E4M3FN ||
+                    values == MPAD_GPU_VALUES_E2M1;
+    return weight_bits(moe) < Plain && moe->input == MPAD_INPUT_NONE && is_known &&
+           is_w13_wide(moe) && is_w2_wide(moe) &&
+           is_decoded_scale(moe, &moe->w13_scale, is_by_half) &&
+           is_decoded_scale(moe, &moe->w2_scale, is_by_half);
+}
+
 /* Many rows per expert: two grouped products through LDS and a sum over the slots. */
 static mpad_code plan_tile(const mpad_gpu_target *target, const mpad_moe *moe, mpad_gpu_plan *plan,
                            mpad_status *status)
@@ -630,13 +692,18 @@ static mpad_code plan_tile(const mpad_gpu_target *target, const mpad_moe *moe, m
     int64_t mean = n_pair / (moe->n_expert > 0 ? moe->n_expert : 1), want = mean + (mean + 1) / 2;
     int dtype = (int)moe->dtype, bits = weight_bits(moe);
     bool is_vector = is_vector_gate_up(moe) && is_vector_down(moe); /* they share the job list */
-    bool is_wgmma = target->have_wgmma && is_vector && bits == Plain && want > 32;
+    bool is_many = want > (bits < 8 ? 16 : 32); /* for the registers of decoded tiles */
+    bool is_wgmma = target->have_wgmma && is_vector && is_many &&
+                    (bits == Plain || is_decoded_weights(moe, true));
+    bool is_few = target->have_wgmma && is_vector && want <= 32 && !is_wgmma &&
+                  is_decoded_weights(moe, false);
     plan->is_code_byte = is_bytes(target, moe);
     is_vector = is_vector || plan->is_code_byte;
     enum family family = plan->is_code_byte && target->have_wgmma ? FAMILY_GATE_UP_BYTES
                          : plan->is_code_byte                     ? FAMILY_GATE_UP_BYTES_TILE
                          : is_coded                               ? FAMILY_GATE_UP_CODED
                          : is_wgmma                               ? FAMILY_GATE_UP_WARPGROUP
+                         : is_few                                 ? FAMILY_GATE_UP_DECODED
                                                                   : FAMILY_GATE_UP_TILE;
     int gate_up = tile_find(family, dtype, bits, is_vector, want);
     plan->n_row_job = VARIANTS[gate_up].rows;
@@ -671,16 +738,17 @@ mpad_code mpad_gpu_plan_make(const mpad_gpu_target *target, const mpad_moe *moe,
     plan->x.code = plan->x.scale = plan->h.code = plan->h.scale = -1;
     plan->job = plan->n_job = plan->count = -1;
     bool is_coded = moe->input != MPAD_INPUT_NONE;
-    plan->part = part_find((int)moe->dtype, weight_bits(moe), is_coded);
-    if (moe->n_token_pad == 0 || moe->n_hidden_pad == 0)
-        return MPAD_OK;
     int64_t n_pair = moe->n_token * moe->n_topk;
-    plan->ld_inter = round_up(moe->n_inter, 32);
-    plan->inter = workspace_take(plan, n_pair * plan->ld_inter * (is_coded ? 4 : 2));
     /* Up to 16 tokens of 8 slots the two stream kernels win, beyond the tiles' four launches; on
      * Hopper up to 32. 896: of 64 bytes of LDS in 64 KiB. */
     int64_t n_stream = !target->have_tile ? 896 : target->have_dependent_launch ? 256 : 128;
-    if (n_pair <= n_stream && !is_coded) {
+    bool is_prefill = n_pair > n_stream || is_coded;
+    plan->part = part_find((int)moe->dtype, weight_bits(moe), is_prefill, is_coded);
+    if (moe->n_token_pad == 0 || moe->n_hidden_pad == 0)
+        return MPAD_OK;
+    plan->ld_inter = round_up(moe->n_inter, 32);
+    plan->inter = workspace_take(plan, n_pair * plan->ld_inter * (is_coded ? 4 : 2));
+    if (!is_prefill) {
         bool is_inline = n_pair <= MPAD_SORT_INLINE_MAX;
         plan->regime = is_inline ? "decode" : "middle";
         return plan_stream(target, moe, is_inline, plan, status);

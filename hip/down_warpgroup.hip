@@ -3,42 +3,38 @@
 
 #include "epilogue.h"
 #include "route.h"
-#include "tile_warpgroup.h"
+#include "tile_warpgroup_stored.h"
 
 #if MPAD_HAVE_WGMMA
 
 // Grid: jobs at most times runs of column tiles of 128; block: a warpgroup for each 64 rows of a
 // job.
-template <class T, class KIND, int BM, int STAGES>
-DEV void down_kind(const mpad_gpu_args &a, mpad_gpu_job job, int tile, int end)
+template <class T, class TILE>
+DEV void down_run(const mpad_gpu_args &a, mpad_gpu_job job, int tile, int end)
 {
-    constexpr bool IS_PLAIN = KIND::BITS == 16;
-    constexpr u32 ITEM = KIND::BITS / 8;
+    constexpr bool IS_PLAIN = TILE::IS_PLAIN;
+    constexpr u32 TOKEN_ITEM = TILE::TOKEN_ITEM, ITEM = TILE::WEIGHT_ITEM;
     i64 ld = IS_PLAIN ? a.ld_inter : a.h.ld;
-    WarpgroupTile<KIND, BM, STAGES> sums;
-    sums.init((const char *)(IS_PLAIN ? a.inter : a.h.code) + job.first * ld * ITEM,
-              a.n_inter * (int)ITEM, IS_PLAIN ? 0 : a.w2_scale.column_phase % 128,
+    TILE sums;
+    sums.init((const char *)(IS_PLAIN ? a.inter : a.h.code) + job.first * ld * TOKEN_ITEM,
+              a.n_inter * (int)TOKEN_ITEM, IS_PLAIN ? 0 : a.w2_scale.column_phase % 128,
               a.run_down.is_token_shared);
     UNROLL for (int i = 0; i < sums.A_LOADS; i++)
     {
         int r = sums.a_index(i);
-        sums.a_row(i, r < job.rows, (u32)r * (u32)ld * ITEM);
+        sums.a_row(i, r < job.rows, (u32)r * (u32)ld * TOKEN_ITEM);
     }
     TileRows weights = {(const char *)a.w2 + job.expert * a.w2_ld_expert * ITEM,
                         (u32)a.w2_ld_row * ITEM, (u32)(TILE_HALF * a.w2_ld_row) * ITEM, a.n_hidden,
                         TILE_B};
-    TileScales scales = {a.w2_scale,
-                         a.h,
-                         (const float *)a.w2_scale.data + job.expert * a.w2_scale.ld_expert,
-                         0,
-                         {-1, -1}};
+    TileScales scales = {a.w2_scale, a.h, job.expert * a.w2_scale.ld_expert, 0, {-1, -1}};
     UNROLL for (int i = 0; i < 2; i++)
     {
         int r = sums.lane_row(i);
         if (r < job.rows && !IS_PLAIN)
             scales.token_at[i] = (job.first + r) * a.h.n_group;
     }
-    sums.run(weights, scales, tile, end, job.rows, [&](int t) {
+    sums.run(a, weights, scales, tile, end, job.rows, [&](int t) {
         int column0 = t * TILE_B;
         if (a.w2_bias) {
             UNROLL for (int e = 0; e < 64; e++)
@@ -64,7 +60,8 @@ DEV void down_kind(const mpad_gpu_args &a, mpad_gpu_job job, int tile, int end)
     });
 }
 
-template <class T, int BM, int STAGES, bool BYTES> DEV void down_warpgroup(const mpad_gpu_args &a)
+// RUN: calls down_run with the tile of the call's weights.
+template <class RUN> DEV void down_warpgroup(const mpad_gpu_args &a, RUN run)
 {
     args_prefetch(a);
     launch_wait();
@@ -75,25 +72,27 @@ template <class T, int BM, int STAGES, bool BYTES> DEV void down_warpgroup(const
         return;
     int end = tile + a.run_down.n_tile;
     end = end < a.n_column_tile_down ? end : a.n_column_tile_down;
-    if constexpr (BYTES)
-        bytes_select(a, [&](auto kind) {
-            down_kind<T, decltype(kind), BM, STAGES>(a, a.job[j], tile, end);
-        });
-    else
-        down_kind<T, WgmmaPlain<T>, BM, STAGES>(a, a.job[j], tile, end);
+    run(a.job[j], tile, end);
 }
 
-#    define MPAD_DOWN_WARPGROUP(NAME, TYPE, BM, STAGES, BLOCKS)                                    \
+#    define MPAD_DOWN_WARPGROUP(NAME, TYPE, WEIGHTS, BM, STAGES, BLOCKS)                           \
         MPAD_KERNEL((BM) / 64 * 4 * WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                  \
         {                                                                                          \
-            down_warpgroup<TYPE, BM, STAGES, false>(a);                                            \
+            down_warpgroup(a, [&](mpad_gpu_job job, int tile, int end) {                           \
+                down_run<TYPE, typename WarpgroupTileOf<TYPE, WEIGHTS, BM, STAGES>::Tile>(         \
+                    a, job, tile, end);                                                            \
+            });                                                                                    \
         }
 #    define MPAD_DOWN_BYTES(NAME, TYPE, BM, STAGES, BLOCKS)                                        \
         MPAD_KERNEL((BM) / 64 * 4 * WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                  \
         {                                                                                          \
-            down_warpgroup<TYPE, BM, STAGES, true>(a);                                             \
+            down_warpgroup(a, [&](mpad_gpu_job job, int tile, int end) {                           \
+                bytes_select(a, [&](auto kind) {                                                   \
+                    down_run<TYPE, WarpgroupTile<decltype(kind), BM, STAGES>>(a, job, tile, end);  \
+                });                                                                                \
+            });                                                                                    \
         }
 #else
-#    define MPAD_DOWN_WARPGROUP(NAME, TYPE, BM, STAGES, BLOCKS)
+#    define MPAD_DOWN_WARPGROUP(NAME, TYPE, WEIGHTS, BM, STAGES, BLOCKS)
 #    define MPAD_DOWN_BYTES(NAME, TYPE, BM, STAGES, BLOCKS)
 #endif

@@ -3,44 +3,41 @@
 
 #include "epilogue.h"
 #include "route.h"
-#include "tile_warpgroup.h"
+#include "tile_warpgroup_stored.h"
 
 #if MPAD_HAVE_WGMMA
 
 // Grid: jobs at most times runs of column tiles; block: a warpgroup for each 64 rows of a job. A
 // tile is 64 gate rows and the same 64 up rows of W13, or 128 rows where the layer is not gated: a
 // lane has the sums of gate and up of the same columns.
-template <class T, class KIND, int BM, int STAGES>
-DEV void gate_up_kind(const mpad_gpu_args &a, mpad_gpu_job job, int tile, int end)
+template <class T, class TILE>
+DEV void gate_up_run(const mpad_gpu_args &a, mpad_gpu_job job, int tile, int end)
 {
-    constexpr bool IS_PLAIN = KIND::BITS == 16;
-    constexpr u32 ITEM = KIND::BITS / 8;
+    constexpr bool IS_PLAIN = TILE::IS_PLAIN;
+    constexpr u32 ITEM = TILE::WEIGHT_ITEM;
     i64 ld = IS_PLAIN ? a.ld_hidden : a.x.ld;
-    WarpgroupTile<KIND, BM, STAGES> sums;
-    sums.init(IS_PLAIN ? a.hidden : a.x.code, a.n_hidden * (int)ITEM, 0,
+    TILE sums;
+    sums.init(IS_PLAIN ? a.hidden : a.x.code, a.n_hidden * (int)TILE::TOKEN_ITEM, 0,
               a.run_gate_up.is_token_shared);
     UNROLL for (int i = 0; i < sums.A_LOADS; i++)
     {
         int r = sums.a_index(i);
         int token = r < job.rows ? pair_token(a, a.perm[job.first + r]) : 0;
-        sums.a_row(i, r < job.rows, (u32)token * (u32)ld * ITEM);
+        sums.a_row(i, r < job.rows, (u32)token * (u32)ld * TILE::TOKEN_ITEM);
     }
     TileRows weights = {(const char *)a.w13 + job.expert * a.w13_ld_expert * ITEM,
                         (u32)a.w13_ld_row * ITEM,
                         (u32)(a.is_gated ? a.w13_up_offset : TILE_HALF * a.w13_ld_row) * ITEM,
                         a.n_inter, a.is_gated ? TILE_HALF : TILE_B};
-    TileScales scales = {a.w13_scale,
-                         a.x,
-                         (const float *)a.w13_scale.data + job.expert * a.w13_scale.ld_expert,
-                         a.is_gated,
-                         {-1, -1}};
+    TileScales scales = {
+        a.w13_scale, a.x, job.expert * a.w13_scale.ld_expert, a.is_gated, {-1, -1}};
     UNROLL for (int i = 0; i < 2; i++)
     {
         int r = sums.lane_row(i);
         if (r < job.rows && !IS_PLAIN)
             scales.token_at[i] = pair_token(a, a.perm[job.first + r]) * a.x.n_group;
     }
-    sums.run(weights, scales, tile, end, job.rows, [&](int t) {
+    sums.run(a, weights, scales, tile, end, job.rows, [&](int t) {
         int column0 = t * weights.width;
         float weight[2] = {1.f, 1.f};
         UNROLL for (int i = 0; i < 2; i++)
@@ -95,8 +92,8 @@ DEV void gate_up_kind(const mpad_gpu_args &a, mpad_gpu_job job, int tile, int en
     });
 }
 
-template <class T, int BM, int STAGES, bool BYTES>
-DEV void gate_up_warpgroup(const mpad_gpu_args &a)
+// RUN: calls gate_up_run with the tile of the call's weights.
+template <class RUN> DEV void gate_up_warpgroup(const mpad_gpu_args &a, RUN run)
 {
     args_prefetch(a);
     launch_wait();
@@ -107,25 +104,28 @@ DEV void gate_up_warpgroup(const mpad_gpu_args &a)
         return;
     int end = tile + a.run_gate_up.n_tile;
     end = end < a.n_column_tile_gate_up ? end : a.n_column_tile_gate_up;
-    if constexpr (BYTES)
-        bytes_select(a, [&](auto kind) {
-            gate_up_kind<T, decltype(kind), BM, STAGES>(a, a.job[j], tile, end);
-        });
-    else
-        gate_up_kind<T, WgmmaPlain<T>, BM, STAGES>(a, a.job[j], tile, end);
+    run(a.job[j], tile, end);
 }
 
-#    define MPAD_GATE_UP_WARPGROUP(NAME, TYPE, BM, STAGES, BLOCKS)                                 \
+#    define MPAD_GATE_UP_WARPGROUP(NAME, TYPE, WEIGHTS, BM, STAGES, BLOCKS)                        \
         MPAD_KERNEL((BM) / 64 * 4 * WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                  \
         {                                                                                          \
-            gate_up_warpgroup<TYPE, BM, STAGES, false>(a);                                         \
+            gate_up_warpgroup(a, [&](mpad_gpu_job job, int tile, int end) {                        \
+                gate_up_run<TYPE, typename WarpgroupTileOf<TYPE, WEIGHTS, BM, STAGES>::Tile>(      \
+                    a, job, tile, end);                                                            \
+            });                                                                                    \
         }
 #    define MPAD_GATE_UP_BYTES(NAME, TYPE, BM, STAGES, BLOCKS)                                     \
         MPAD_KERNEL((BM) / 64 * 4 * WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                  \
         {                                                                                          \
-            gate_up_warpgroup<TYPE, BM, STAGES, true>(a);                                          \
+            gate_up_warpgroup(a, [&](mpad_gpu_job job, int tile, int end) {                        \
+                bytes_select(a, [&](auto kind) {                                                   \
+                    gate_up_run<TYPE, WarpgroupTile<decltype(kind), BM, STAGES>>(a, job, tile,     \
+                                                                                 end);             \
+                });                                                                                \
+            });                                                                                    \
         }
 #else
-#    define MPAD_GATE_UP_WARPGROUP(NAME, TYPE, BM, STAGES, BLOCKS)
+#    define MPAD_GATE_UP_WARPGROUP(NAME, TYPE, WEIGHTS, BM, STAGES, BLOCKS)
 #    define MPAD_GATE_UP_BYTES(NAME, TYPE, BM, STAGES, BLOCKS)
 #endif

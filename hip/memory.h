@@ -82,11 +82,25 @@ template <class V> DEV void lds_write(Lds p, V v)
 {
     *(V *)__cvta_shared_to_generic(p) = v;
 }
-// 16 bytes from global memory to LDS; there after stage_wait and a block_barrier.
+// 16 bytes from global memory to LDS; there after stage_wait and a block_barrier. What is not `ok`
+// becomes zeros, wherever `from` is.
+DEV void stage16(Lds to, const char *from, bool ok)
+{
+    asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(to), "l"(from), "r"(ok ? 16 : 0)
+                 : "memory");
+}
 DEV void stage16(Lds to, const Buffer &b, u32 at, bool ok)
 {
-    asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(to),
-                 "l"(b.base + (ok ? at : 0)), "r"(ok ? 16 : 0)
+    stage16(to, b.base + (ok ? at : 0), ok);
+}
+// The same in four parts, which go to different places.
+DEV void stage_words(const Lds (&to)[4], const char *from, bool ok)
+{
+    asm volatile("cp.async.ca.shared.global [%0],[%4],4,%5;\n"
+                 "cp.async.ca.shared.global [%1],[%4+4],4,%5;\n"
+                 "cp.async.ca.shared.global [%2],[%4+8],4,%5;\n"
+                 "cp.async.ca.shared.global [%3],[%4+12],4,%5;" ::"r"(to[0]),
+                 "r"(to[1]), "r"(to[2]), "r"(to[3]), "l"(from), "r"(ok ? 4 : 0)
                  : "memory");
 }
 DEV void stage_wait()

@@ -261,17 +261,19 @@ DEV void wgmma_publish()
                 "+" AS(A.v[0]), "+" AS(A.v[1]), "+" AS(A.v[2]), "+" AS(A.v[3]), "+" AS(A.v[4]),    \
                     "+" AS(A.v[5]), "+" AS(A.v[6]), "+" AS(A.v[7])
 #            define MPAD_WGMMA(SHAPE, MODIFIERS, AS)                                               \
-                asm volatile("wgmma.mma_async.sync.aligned.m64n128" SHAPE " {"                     \
+                asm volatile("{.reg .pred p;\n"                                                    \
+                             "setp.ne.u32 p,%66,0;\n"                                              \
+                             "wgmma.mma_async.sync.aligned.m64n128" SHAPE " {"                     \
                              "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"              \
                              "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"    \
                              "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"    \
                              "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63},"   \
-                             "%64,%65," MODIFIERS ";"                                              \
+                             "%64,%65,p" MODIFIERS ";}"                                            \
                              : MPAD_ACC8(AS, c[0][0]), MPAD_ACC8(AS, c[0][1]),                     \
                                MPAD_ACC8(AS, c[1][0]), MPAD_ACC8(AS, c[1][1]),                     \
                                MPAD_ACC8(AS, c[2][0]), MPAD_ACC8(AS, c[2][1]),                     \
                                MPAD_ACC8(AS, c[3][0]), MPAD_ACC8(AS, c[3][1])                      \
-                             : "l"(x), "l"(w))
+                             : "l"(x), "l"(w), "r"((u32)is_added))
 #            define MPAD_ARRIVE(AS)                                                                \
                 UNROLL for (int i = 0; i < 4; i++)                                                 \
                     UNROLL for (int j = 0; j < 2;                                                  \
@@ -281,29 +283,24 @@ DEV void wgmma_arrive(Acc (&c)[4][2])
 {
     MPAD_ARRIVE("f");
 }
-// Kinds of products: the types of tokens, weights and sums, and the bits of the former. stage():
-// one stage of 128 bytes of k, 64 tokens at `x` and 128 weight rows at `w`, committed; sums of 16
-// bits are added to, those of bytes set.
-template <class KIND, class SUMS> DEV void wgmma_stage(SUMS (&c)[4][2], Lds x, Lds w)
+// Kinds of products: the types of tokens, weights and sums, and the bits of the former.
+// wgmma_stage(): one stage of 128 bytes of k, 64 tokens at `x` and 128 weight rows at `w`,
+// committed; the sums are added to, or set.
+template <class KIND, class SUMS> DEV void wgmma_stage(SUMS (&c)[4][2], Lds x, Lds w, bool is_added)
 {
     u64 tokens = wgmma_tile(x), weights = wgmma_tile(w);
     wgmma_fence();
-    KIND::first(c, tokens, weights);
-    UNROLL for (int step = 1; step < TILE_STEPS; step++)
-        KIND::next(c, tokens + 2 * step, weights + 2 * step);
+    UNROLL for (int step = 0; step < TILE_STEPS; step++)
+        KIND::multiply(c, tokens + 2 * step, weights + 2 * step, step > 0 || is_added);
     wgmma_commit();
 }
-#            define MPAD_WGMMA_KIND(NAME, WIDTH, SUMS, AS, SHAPE, FIRST, NEXT)                     \
+#            define MPAD_WGMMA_KIND(NAME, WIDTH, SUMS, AS, SHAPE, MODIFIERS)                       \
                 struct NAME {                                                                      \
                     static constexpr int BITS = WIDTH;                                             \
                     typedef SUMS Sums;                                                             \
-                    static DEV void first(SUMS (&c)[4][2], u64 x, u64 w)                           \
+                    static DEV void multiply(SUMS (&c)[4][2], u64 x, u64 w, bool is_added)         \
                     {                                                                              \
-                        MPAD_WGMMA(SHAPE, FIRST, AS);                                              \
-                    }                                                                              \
-                    static DEV void next(SUMS (&c)[4][2], u64 x, u64 w)                            \
-                    {                                                                              \
-                        MPAD_WGMMA(SHAPE, NEXT, AS);                                               \
+                        MPAD_WGMMA(SHAPE, MODIFIERS, AS);                                          \
                     }                                                                              \
                 };
 struct IntAcc {
@@ -313,16 +310,40 @@ DEV void wgmma_arrive(IntAcc (&c)[4][2])
 {
     MPAD_ARRIVE("r");
 }
-MPAD_WGMMA_KIND(Bf16Bf16, 16, Acc, "f", "k16.f32.bf16.bf16", "1,1,1,0,0", "1,1,1,0,0")
-MPAD_WGMMA_KIND(F16F16, 16, Acc, "f", "k16.f32.f16.f16", "1,1,1,0,0", "1,1,1,0,0")
-MPAD_WGMMA_KIND(E4m3E4m3, 8, Acc, "f", "k32.f32.e4m3.e4m3", "0,1,1", "1,1,1")
-MPAD_WGMMA_KIND(E4m3E5m2, 8, Acc, "f", "k32.f32.e4m3.e5m2", "0,1,1", "1,1,1")
-MPAD_WGMMA_KIND(Int8Int8, 8, IntAcc, "r", "k32.s32.s8.s8", "0", "1")
+MPAD_WGMMA_KIND(Bf16Bf16, 16, Acc, "f", "k16.f32.bf16.bf16", ",1,1,0,0")
+MPAD_WGMMA_KIND(F16F16, 16, Acc, "f", "k16.f32.f16.f16", ",1,1,0,0")
+MPAD_WGMMA_KIND(E4m3E4m3, 8, Acc, "f", "k32.f32.e4m3.e4m3", ",1,1")
+MPAD_WGMMA_KIND(E4m3E5m2, 8, Acc, "f", "k32.f32.e4m3.e5m2", ",1,1")
+MPAD_WGMMA_KIND(Int8Int8, 8, IntAcc, "r", "k32.s32.s8.s8", "")
 template <class T> struct WgmmaPlain;
 template <> struct WgmmaPlain<Bf16> : Bf16Bf16 {
 };
 template <> struct WgmmaPlain<F16> : F16F16 {
 };
+
+// The 8 x 8 numbers of T that a wave has as words, turned: of lane l, word row l / 4 and columns 2
+// * (l % 4) on.
+DEV u32 wave_turn(u32 w)
+{
+    u32 v;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0,%1;" : "=r"(v) : "r"(w));
+    return v;
+}
+// Four words of each of four neighbouring lanes, turned: lane q has word q of each of them.
+DEV u4 quad_turn(u32 w0, u32 w1, u32 w2, u32 w3)
+{
+    int q = (int)(lane_id() & 3);
+    // Pairs of lanes swap the words of odd and even numbers, then pairs of those.
+    u32 s0 = lane_xor(q & 1 ? w0 : w1, 1), s1 = lane_xor(q & 1 ? w2 : w3, 1);
+    u32 e0 = q & 1 ? s0 : w0, e1 = q & 1 ? w1 : s0, e2 = q & 1 ? s1 : w2, e3 = q & 1 ? w3 : s1;
+    u32 t0 = lane_xor(q & 2 ? e0 : e2, 2), t1 = lane_xor(q & 2 ? e1 : e3, 2);
+    u4 v;
+    v[0] = q & 2 ? t0 : e0;
+    v[1] = q & 2 ? t1 : e1;
+    v[2] = q & 2 ? e2 : t0;
+    v[3] = q & 2 ? e3 : t1;
+    return v;
+}
 
 #            define MPAD_HAVE_BYTES 1
 DEV u64 e4m3_bytes(const float (&v)[8]) // rounded to nearest even, the largest at most

@@ -7,6 +7,8 @@
 #include "down_tile.hip"
 #include "gate_up_warpgroup.hip"
 #include "down_warpgroup.hip"
+#include "gate_up_decoded.hip"
+#include "down_decoded.hip"
 #include "combine.hip"
 
 #include "../csrc/variants.def"

@@ -292,6 +292,45 @@ template <class T> DEV void chunk_fold(u4 &c, u32 stored)
     UNROLL for (int i = 0; i < 4; i++) c[i] = T::pair_mul(c[i], pair);
 }
 
+// The chunks of 16 stored bytes; `scale` is their factor where the form has such.
+template <class T, class W, class FORM>
+DEV void wide_decode(const mpad_gpu_args &a, u4 (&chunk)[16 / W::BITS], const u4 &raw, u32 scale)
+{
+    constexpr int N = 16 / W::BITS;
+    Stored<W> stored[N];
+    UNROLL for (int p = 0; p < 4; p++) stored[p * N / 4].x[p % (4 / N)] = raw[p];
+    chunks_decode<T, FORM>(a, chunk, stored);
+    if constexpr (FORM::is_folded) {
+        UNROLL for (int c = 0; c < N; c++) chunk_fold<T>(chunk[c], scale);
+    }
+}
+// Calls f with the form of weights that are decoded where T is multiplied by wgmma, of those that
+// gpu_plan.c's is_decoded_scale lets there, with the same `BY_HALF`.
+template <class T, class W, bool BY_HALF, class F>
+DEV void decoded_select(const mpad_gpu_args &a, const mpad_gpu_scale &scale, F f)
+{
+    constexpr int INTEGER = MPAD_GPU_VALUES_INTEGER, E4M3 = MPAD_GPU_VALUES_E4M3FN;
+    bool is_integer = a.weight_values == INTEGER;
+    if constexpr (W::BITS == 4) {
+        if constexpr (!BY_HALF) {
+            if (is_integer)
+                return f(Form<INTEGER, SCALE_FETCH, true>());
+        }
+        if constexpr (T::HOLDS_E8M0)
+            f(Form<MPAD_GPU_VALUES_E2M1, SCALE_FOLD, true>());
+    } else {
+        if (is_integer)
+            return f(Form<INTEGER, SCALE_ROW, true>());
+        if (scale.ld_column == 0)
+            return f(Form<E4M3, SCALE_ROW, true>());
+        if constexpr (T::HOLDS_E8M0) {
+            if (scale.type == MPAD_GPU_E8M0)
+                return f(Form<E4M3, SCALE_FOLD, true>());
+        }
+        f(Form<E4M3, SCALE_FETCH, true>());
+    }
+}
+
 // Sum of a slab's products in float32, times the scale of each row, which lane `row` has.
 DEV void acc_scale(Acc &sum, const Acc &part, float scale)
 {

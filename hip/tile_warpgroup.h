@@ -25,9 +25,9 @@ struct TileRows {
 struct TileScales {
     const mpad_gpu_scale &weights;
     const mpad_gpu_codes &codes;
-    const float *expert; // scales of its weights
-    int second;          // half of an expert's rows that a tile's second 64 are of
-    int token_at[2];     // -1: none
+    i64 expert;      // where the scales of its weights start
+    int second;      // half of an expert's rows that a tile's second 64 are of
+    int token_at[2]; // -1: none
     DEV int row(int tile, int width, int h) const
     {
         int r = tile * width + (width == TILE_B ? h * TILE_HALF : 0);
@@ -36,8 +36,10 @@ struct TileScales {
     }
     DEV float weight(int row, int column) const
     {
-        return expert[row +
-                      ((weights.column_phase + column) >> weights.column_log2) * weights.ld_column];
+        return (
+            (const float *)weights.data)[expert + row +
+                                         ((weights.column_phase + column) >> weights.column_log2) *
+                                             weights.ld_column];
     }
     DEV float token(int i, int column) const
     {
@@ -47,16 +49,31 @@ struct TileScales {
     }
 };
 
-// LDS: stages of 128 rows of weights, 128 bytes of k each; two tiles' scales of rows, of bytes;
+// A stage of the stream: the tile, and which of those along k.
+struct TileStage {
+    int tile, kt;
+    DEV void advance(int n_kt)
+    {
+        kt++;
+        if (kt == n_kt) {
+            kt = 0;
+            tile++;
+        }
+    }
+};
+
+// LDS: weights, or stages of 128 rows of them, 128 bytes of k each; two tiles' scales of rows;
 // stages of BM rows of tokens, as many, or, where the tiles of a run share them, one for each 128
 // bytes of k.
-template <class KIND, int BM, int STAGES> struct WarpgroupTile {
+template <class KIND, int BM, int STAGES, int WEIGHT_BYTES = STAGES * TILE_B * 128>
+struct WarpgroupTile {
     static constexpr int THREADS = BM / 64 * 4 * WAVE, PASS = THREADS / 8;
     static constexpr int A_LOADS = BM / PASS, B_LOADS = TILE_B / PASS;
     static constexpr bool IS_PLAIN = KIND::BITS == 16;
+    static constexpr u32 TOKEN_ITEM = KIND::BITS / 8, WEIGHT_ITEM = TOKEN_ITEM; // bytes
     static constexpr int STAGE_BYTES = TILE_B * 128, TOKEN_BYTES = BM * 128;
-    static constexpr int SCALES_AT = STAGES * STAGE_BYTES;
-    static constexpr int TOKENS_AT = SCALES_AT + (IS_PLAIN ? 0 : MPAD_LDS_ROW_SCALES);
+    static constexpr int SCALES_AT = WEIGHT_BYTES;
+    static constexpr int TOKENS_AT = SCALES_AT + MPAD_LDS_ROW_SCALES;
     static_assert(STAGES >= 3 && B_LOADS % 2 == 0, "shape");
 
     Acc acc[4][2];
@@ -103,43 +120,42 @@ template <class KIND, int BM, int STAGES> struct WarpgroupTile {
     {
         return lds_base() + TOKENS_AT + (is_shared ? kt : slot) * TOKEN_BYTES;
     }
-    DEV void stage(int slot, const TileRows &b, int tile, int kt, bool is_first) const
+    DEV void stage_tokens(int slot, int kt) const
     {
         int at = kt * 128 + chunk * 16 - skip;
-        bool is_in = at >= 0 && at < k;
-        int offset = (row * 8 + (chunk ^ (row & 7))) * 16;
-        Buffer tokens = {a}, weights = {b.data};
-        if (is_first || !is_shared) {
-            Lds to = token_stage(slot, kt) + offset;
-            UNROLL for (int i = 0; i < A_LOADS; i++)
-                stage16(to + i * PASS * 128, tokens, a_at[i] + (u32)at, is_in && (a_ok >> i & 1));
-        }
-        Lds to = lds_base() + slot * STAGE_BYTES + offset;
+        Lds to = token_stage(slot, kt) + (row * 8 + (chunk ^ (row & 7))) * 16;
+        UNROLL for (int i = 0; i < A_LOADS; i++) stage16(
+            to + i * PASS * 128, {a}, a_at[i] + (u32)at, at >= 0 && at < k && (a_ok >> i & 1));
+    }
+    DEV void stage_weights(int slot, const TileRows &b, int tile, int kt) const
+    {
+        int at = kt * 128 + chunk * 16 - skip;
+        Lds to = lds_base() + slot * STAGE_BYTES + (row * 8 + (chunk ^ (row & 7))) * 16;
         u32 first = (u32)(tile * b.width + row) * b.ld + (u32)at;
         UNROLL for (int i = 0; i < B_LOADS; i++)
         {
             int h = i / (B_LOADS / 2), r = i % (B_LOADS / 2) * PASS;
-            stage16(to + i * PASS * 128, weights, first + (u32)r * b.ld + (h ? b.half : 0),
-                    is_in && row + r < b.count(tile, h));
+            stage16(to + i * PASS * 128, {b.data}, first + (u32)r * b.ld + (h ? b.half : 0),
+                    at >= 0 && at < k && row + r < b.count(tile, h));
         }
     }
     // Multiplies tiles [tile, end), of `rows` rows of tokens, and calls finish(tile) with the sums
     // in acc, scaled.
     template <class F>
-    DEV void run(const TileRows &b, const TileScales &scales, int tile, int end, int rows, F finish)
+    DEV void run(const mpad_gpu_args &, const TileRows &b, const TileScales &scales, int tile,
+                 int end, int rows, F finish)
     {
         bool is_active = BM == 64 || wave_id() / 4 * 64 < rows,
              by_column = scales.weights.ld_column != 0;
         int n_kt = k > 0 ? (k + skip + 127) / 128 : 1, kt = 0; // without k the sums are zeros
-        int first = tile, ahead_tile = tile, ahead_kt = 0, slot = 0;
+        int first = tile, slot = 0;
+        TileStage ahead = {tile, 0};
         auto stage_ahead = [&](int to) {
-            if (ahead_tile < end) {
-                stage(to, b, ahead_tile, ahead_kt, ahead_tile == first);
-                ahead_kt++;
-                if (ahead_kt == n_kt) {
-                    ahead_kt = 0;
-                    ahead_tile++;
-                }
+            if (ahead.tile < end) {
+                if (ahead.tile == first || !is_shared)
+                    stage_tokens(to, ahead.kt);
+                stage_weights(to, b, ahead.tile, ahead.kt);
+                ahead.advance(n_kt);
             }
             stage_commit();
         };
@@ -184,12 +200,12 @@ template <class KIND, int BM, int STAGES> struct WarpgroupTile {
             bool is_last = kt + 1 == n_kt;
             if constexpr (IS_PLAIN) {
                 if (is_active)
-                    wgmma_stage<KIND>(acc, tokens, at);
+                    wgmma_stage<KIND>(acc, tokens, at, true);
                 wgmma_wait();
                 wgmma_arrive(acc);
             } else {
                 if (is_active)
-                    wgmma_stage<KIND>(part, tokens, at);
+                    wgmma_stage<KIND>(part, tokens, at, false);
                 wgmma_wait();
                 wgmma_arrive(part);
                 float factor[2][2];
@@ -217,22 +233,6 @@ template <class KIND, int BM, int STAGES> struct WarpgroupTile {
         }
     }
 };
-
-// Four words of each of four neighbouring lanes, turned: lane q has word q of each of them.
-DEV u4 quad_turn(u32 w0, u32 w1, u32 w2, u32 w3)
-{
-    int q = (int)(lane_id() & 3);
-    // Pairs of lanes swap the words of odd and even numbers, then pairs of those.
-    u32 s0 = lane_xor(q & 1 ? w0 : w1, 1), s1 = lane_xor(q & 1 ? w2 : w3, 1);
-    u32 e0 = q & 1 ? s0 : w0, e1 = q & 1 ? w1 : s0, e2 = q & 1 ? s1 : w2, e3 = q & 1 ? w3 : s1;
-    u32 t0 = lane_xor(q & 2 ? e0 : e2, 2), t1 = lane_xor(q & 2 ? e1 : e3, 2);
-    u4 v;
-    v[0] = q & 2 ? t0 : e0;
-    v[1] = q & 2 ? t1 : e1;
-    v[2] = q & 2 ? e2 : t0;
-    v[3] = q & 2 ? e3 : t1;
-    return v;
-}
 
 // Stores `N` columns of one of a lane's two rows, 16 bytes by a lane. value(j, p): column 8 * j + 2
 // * (lane % 4) + p; put(column, 8 values from there on).

@@ -45,6 +45,9 @@ _SM = {
     r"mpad_down_stream1_\w+": 255,  # 256 threads, one block
     r"mpad_down_stream2_\w+": 128,  # two
     r"mpad_down_stream3_\w+": 80,  # three
+    r"mpad_\w+_decoded\d+_\w+": 128,  # 256 threads, two
+    r"mpad_\w+_wg128_\w+_w\d": 255,  # 256 threads, one: sums, those of a block of scales, weights
+    r"mpad_\w+_wg64_\w+_w\d": 255,  # 128 threads, two
     r"mpad_\w+_wg128_\w+": 128,  # 256 threads, two
     r"mpad_\w+_wg64_\w+": 168,  # 128 threads, three
     r"mpad_\w+_tile16_\w+_w\d": 128,  # 128 threads, four

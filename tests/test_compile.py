@@ -90,7 +90,7 @@ def remarks_of(text):
 def image_symbols(arch):
     """The symbols an image for the target holds; see hip/tile.h and hip/mma.h."""
     for family, symbol in variants():
-        if family.endswith(("_WARPGROUP", "_BYTES")) and arch != "sm_90a":
+        if family.endswith(("_WARPGROUP", "_DECODED", "_BYTES")) and arch != "sm_90a":
             continue
         if family.endswith("_BYTES_TILE") and arch.startswith("sm_"):
             continue

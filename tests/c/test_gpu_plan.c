@@ -130,10 +130,11 @@ static void check_args(const mpad_moe *moe, const mpad_gpu_plan *plan)
 }
 
 /* The same with weights of fewer bits; strides count stored elements. */
-static void quantise(mpad_moe *moe, mpad_quant quant)
+static void quantise(mpad_moe *moe, mpad_quant quant, int64_t int4_group)
 {
     bool is_packed = quant == MPAD_QUANT_MXFP4 || quant == MPAD_QUANT_INT4_GROUP;
-    int64_t block = quant == MPAD_QUANT_MXFP4 || quant == MPAD_QUANT_INT4_GROUP ? 32 : 1 << 30;
+    bool is_e8m0 = quant == MPAD_QUANT_MXFP4;
+    int64_t block = is_e8m0 ? 32 : is_packed ? int4_group : 1 << 30;
     int per = is_packed ? 2 : 1;
     moe->quant = quant;
     moe->weight_dtype = is_packed                          ? MPAD_DTYPE_U8
@@ -146,8 +147,9 @@ static void quantise(mpad_moe *moe, mpad_quant quant)
     moe->w2_ld_expert = moe->n_hidden * moe->w2_ld_row;
     moe->w13_scale = moe->w2_scale = (mpad_scale){
         .data = (void *)0x70000,
-        .dtype = MPAD_DTYPE_F32,
+        .dtype = is_e8m0 ? MPAD_DTYPE_F8_E8M0 : MPAD_DTYPE_F32,
         .ld_expert = 1,
+        .ld_column = is_packed,
         .block_row = 1,
         .block_column = block,
     };
@@ -193,7 +195,7 @@ static void test_any_sizes(void)
         moe.dtype = draw(&random) & 1 ? MPAD_DTYPE_BF16 : MPAD_DTYPE_F16;
         mpad_quant quant = QUANTS[draw_below(&random, 5)];
         if (quant != MPAD_QUANT_NONE)
-            quantise(&moe, quant);
+            quantise(&moe, quant, INT64_C(32) << draw_below(&random, 3));
         if ((quant == MPAD_QUANT_FP8_TENSOR || quant == MPAD_QUANT_INT8_CHANNEL) &&
             draw(&random) & 1)
             quantise_input(&moe, &random);
@@ -278,12 +280,53 @@ static void test_wide_loads(void)
     for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
         mpad_moe moe = call_of(4, 8, 128, calls[i].n_hidden, calls[i].n_inter, true);
         if (calls[i].quant != MPAD_QUANT_NONE)
-            quantise(&moe, calls[i].quant);
+            quantise(&moe, calls[i].quant, 128);
         expect_wide(&moe, calls[i].w13, calls[i].w2);
         moe.w13 = (const char *)moe.w13 + 8;
         expect_wide(&moe, false, calls[i].w2);
         moe.w2_ld_expert += 8;
         expect_wide(&moe, false, false);
+    }
+}
+
+/* Which tiles multiply quantised weights on Hopper. */
+static void test_hopper_tiles(void)
+{
+    static const struct {
+        mpad_quant quant;
+        int64_t int4_group, column_phase, n_token;
+        mpad_dtype dtype;
+        const char *first_product;
+    } calls[] = {
+        {MPAD_QUANT_FP8_TENSOR, 0, 0, 64, MPAD_DTYPE_BF16, "mpad_gate_up_decoded16_bf16_w8"},
+        {MPAD_QUANT_INT8_CHANNEL, 0, 0, 256, MPAD_DTYPE_F16, "mpad_gate_up_decoded32_f16_w8"},
+        {MPAD_QUANT_FP8_TENSOR, 0, 0, 512, MPAD_DTYPE_F16, "mpad_gate_up_wg64_f16_w8"},
+        {MPAD_QUANT_FP8_BLOCK, 0, 64, 8192, MPAD_DTYPE_BF16, "mpad_gate_up_wg128_bf16_w8"},
+        {MPAD_QUANT_FP8_BLOCK, 0, 32, 8192, MPAD_DTYPE_BF16, "mpad_gate_up_tile64_bf16_w8"},
+        {MPAD_QUANT_MXFP4, 0, 0, 64, MPAD_DTYPE_BF16, "mpad_gate_up_decoded16_bf16_w4"},
+        {MPAD_QUANT_MXFP4, 0, 0, 256, MPAD_DTYPE_BF16, "mpad_gate_up_wg64_bf16_w4"},
+        {MPAD_QUANT_MXFP4, 0, 0, 64, MPAD_DTYPE_F16, "mpad_gate_up_tile16_f16_w4"},
+        {MPAD_QUANT_INT4_GROUP, 128, 0, 64, MPAD_DTYPE_F16, "mpad_gate_up_decoded16_f16_w4"},
+        {MPAD_QUANT_INT4_GROUP, 64, 0, 64, MPAD_DTYPE_F16, "mpad_gate_up_tile16_f16_w4"},
+    };
+    mpad_gpu_target target = target_of("sm_90a");
+    for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
+        mpad_moe moe = call_of(calls[i].n_token, 8, 128, 4096, 192, true);
+        quantise(&moe, calls[i].quant, calls[i].int4_group);
+        moe.dtype = calls[i].dtype;
+        if (calls[i].quant == MPAD_QUANT_FP8_BLOCK) {
+            moe.w13_scale.ld_column = moe.w2_scale.ld_column = 1;
+            moe.w13_scale.block_row = moe.w2_scale.block_row = 128;
+            moe.w13_scale.block_column = moe.w2_scale.block_column = 128;
+            moe.w2_scale.column_phase = calls[i].column_phase;
+        }
+        mpad_gpu_plan plan;
+        mpad_status status;
+        CHECK(mpad_gpu_plan_make(&target, &moe, &plan, &status) == MPAD_OK, "%s", status.message);
+        bool is_found = false;
+        for (int l = 0; l < plan.n_launch; l++)
+            is_found = is_found || strcmp(plan.launch[l].symbol, calls[i].first_product) == 0;
+        CHECK(is_found, "call %zu: no %s", i, calls[i].first_product);
     }
 }
 
@@ -319,6 +362,7 @@ int main(void)
     test_every_kernel_is_planned();
     test_regimes();
     test_wide_loads();
+    test_hopper_tiles();
     test_refusals();
     if (n_fail == 0)
         printf("all checks passed\n");
