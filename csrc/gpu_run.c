@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_DEVICES = 64, MAX_SYMBOLS = 128 };
+enum { MAX_DEVICES = 64, MAX_SYMBOLS = 192 };
 
 /* Of one stream; the stream's latest buffer is its first in the list. */
 typedef struct buffer {

@@ -33,7 +33,10 @@ NVIDIA_ARCHS = ("sm_80", "sm_90", "sm_90a")
 ARCHS = AMD_ARCHS + NVIDIA_ARCHS
 # Element type, bits of a quantised weight and of quantised activations; MPAD_PART_* in
 # csrc/gpu_args.h.
-PARTS = ("bf16", "f16", "bf16_w8", "f16_w8", "bf16_w4", "f16_w4", "bf16_w8x8", "f16_w8x8")
+PARTS = (
+    *("bf16", "f16", "bf16_w8", "f16_w8", "bf16_w4", "f16_w4"),
+    *("bf16_w8x8", "f16_w8x8", "bf16_w4x8", "f16_w4x8"),
+)
 
 MAIN = "hip/moepad.hip"
 PACKAGE = Path(__file__).resolve().parent
