@@ -167,6 +167,9 @@ CODED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("fp8_block", {"block": (64, 256)}, {"quant_activations": "fp8", "scale_phase": 128}),
     ("fp8_block", {"block": (32, 64)}, {"quant_activations": "fp8", "scale_phase": 32}),
     ("int8_channel", {}, {"quant_activations": "int8"}),
+    ("mxfp8", {}, {"quant_activations": "mxfp8"}),
+    ("mxfp4", {}, {"quant_activations": "mxfp8"}),
+    ("mxfp4", {}, {"quant_activations": "mxfp4"}),
 ]
 CODED_SIZES = [(1, 4, 256, 96), (40, 16, 264, 88), (700, 8, 512, 192), (1500, 4, 272, 336)]
 SIZES = [*CODED_SIZES, (80, 16, 512, 96), (200, 16, 512, 192), (300, 4, 264, 70)]

@@ -271,10 +271,10 @@ static int64_t rows_bytes(const mpad_cpu_rows *rows)
 /* ---- quantised activations ---- */
 
 /* The format x and h are rounded to: its largest value, and, but for int8, the exponent of its
- * smallest normal value; both float8 formats have 3 bits of mantissa. */
+ * smallest normal value and its bits of mantissa. */
 typedef struct input_format {
     float largest;
-    int smallest_exponent;
+    int smallest_exponent, n_mantissa;
     bool is_integer;
 } input_format;
 
@@ -282,9 +282,11 @@ static input_format input_format_of(const mpad_moe *moe)
 {
     if (moe->input == MPAD_INPUT_INT8)
         return (input_format){.largest = 127, .is_integer = true};
+    if (moe->input == MPAD_INPUT_MXFP4)
+        return (input_format){.largest = 6, .smallest_exponent = 0, .n_mantissa = 1};
     if (moe->weight_dtype == MPAD_DTYPE_F8_E4M3FNUZ)
-        return (input_format){.largest = 240, .smallest_exponent = -7};
-    return (input_format){.largest = 448, .smallest_exponent = -6};
+        return (input_format){.largest = 240, .smallest_exponent = -7, .n_mantissa = 3};
+    return (input_format){.largest = 448, .smallest_exponent = -6, .n_mantissa = 3};
 }
 
 /* The nearest value of the format, even codes where two are; NaN stays. Adding and subtracting a
@@ -294,15 +296,36 @@ static float code_nearest(float v, const input_format *format)
     if (isnan(v))
         return v;
     v = v > format->largest ? format->largest : v < -format->largest ? -format->largest : v;
-    int exponent = 3;
+    int exponent = 0;
     if (!format->is_integer) {
         frexpf(v, &exponent);
         exponent--;
         if (v == 0 || exponent < format->smallest_exponent)
             exponent = format->smallest_exponent;
     }
-    const float unit = ldexpf(1.5f, exponent - 3 + 23);
+    const float unit = ldexpf(1.5f, exponent - format->n_mantissa + 23);
     return (v + unit) - unit;
+}
+
+/* Scale of the columns whose largest magnitude is `largest`, as the format has it: a quotient. */
+static float quotient_scale(float largest, const input_format *format)
+{
+    const float scale = largest / format->largest;
+    return scale == 0 ? 1 : scale;
+}
+
+/* The same of OCP MX: the power of two of `largest`, rounded to the format's mantissa, over that of
+ * the format's largest value. One e8m0 holds, with which no code times it overflows; else NaN. */
+static float mx_scale(float largest, const input_format *format)
+{
+    int exponent, top;
+    frexpf(format->largest, &top);
+    if (!isfinite(largest))
+        return NAN;
+    if (frexpf(largest, &exponent) >= 1 - ldexpf(0.25f, -format->n_mantissa))
+        exponent++;
+    exponent = (exponent > 128 ? 128 : exponent) - top;
+    return ldexpf(1, exponent < -127 ? -127 : exponent);
 }
 
 /* Rounds one row, in place, to codes times scales: `fixed`, or one for the columns that share a
@@ -320,8 +343,9 @@ static void quantise_row(const mpad_moe *moe, float *row, int64_t n_k, const mpa
             const float size = fabsf(row[i]);
             largest = size > largest || isnan(size) ? size : largest;
         }
-        float scale = fixed ? *fixed : largest / format.largest;
-        scale = scale == 0 && !fixed ? 1 : scale;
+        const float scale = fixed                     ? *fixed
+                            : input_is_mx(moe->input) ? mx_scale(largest, &format)
+                                                      : quotient_scale(largest, &format);
         for (int64_t i = k; i < end; i++)
             row[i] = code_nearest(row[i] / scale, &format) * scale;
     }

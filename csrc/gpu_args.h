@@ -12,9 +12,9 @@
 #endif
 
 /* The parts of the kernels: an element type, the bits of a stored weight, those of the type or
- * fewer, and those of x where it is rounded to codes; of quantised weights the kernels for few
- * tokens and those for many. Each is an image of its own, so that a first use compiles what it
- * needs. Numbers for the preprocessor; the order is that of mpad_gpu_part_name. */
+ * fewer, and those of x, or more, where it is rounded to codes; of quantised weights the kernels
+ * for few tokens and those for many. Each is an image of its own, so that a first use compiles what
+ * it needs. Numbers for the preprocessor; the order is that of mpad_gpu_part_name. */
 #define MPAD_PART_BF16 0
 #define MPAD_PART_F16 1
 #define MPAD_PART_BF16_W8 2
@@ -27,7 +27,9 @@
 #define MPAD_PART_F16_W4_PREFILL 9
 #define MPAD_PART_BF16_W8X8 10
 #define MPAD_PART_F16_W8X8 11
-enum { MPAD_PART_COUNT = 12 };
+#define MPAD_PART_BF16_W4X8 12
+#define MPAD_PART_F16_W4X8 13
+enum { MPAD_PART_COUNT = 14 };
 
 /* Element codes of arrays whose type is read at run time. */
 enum { MPAD_GPU_F32, MPAD_GPU_BF16, MPAD_GPU_F16, MPAD_GPU_I32, MPAD_GPU_I64, MPAD_GPU_E8M0 };
@@ -137,7 +139,9 @@ typedef struct mpad_gpu_args {
 
     mpad_gpu_codes x, h;
     float code_largest;      /* of the format of codes; integers where the weights are */
-    int code_least_exponent; /* of its normal values; both float formats have 3 bits of mantissa */
+    int code_least_exponent; /* of its normal values */
+    int code_mantissa;       /* its bits */
+    int is_code_mx;          /* scales are powers of two */
     int is_code_byte;        /* codes as they are; else as T */
     int is_hidden_vector;    /* rows of hidden start on 16 bytes */
 

@@ -59,11 +59,12 @@ static const variant VARIANTS[] = {
     {#NAME, FAMILY_DOWN_DECODED, TYPE, WEIGHTS, true, BLOCKS, ROWS, 8, STAGES, GROUPS},
 #define MPAD_COMBINE(NAME, TYPE)                                                                   \
     {.symbol = #NAME, .family = FAMILY_COMBINE, .dtype = TYPE, .is_vector = true},
-#define MPAD_CODES(NAME, TYPE, STAGE, CODE) {#NAME, FAMILY_CODES, TYPE, Bytes, CODE, 0, 0, 0, 0, 0},
-#define MPAD_GATE_UP_CODED(NAME, TYPE, VECTOR, BM, WM, WN, BLOCKS)                                 \
-    {#NAME, FAMILY_GATE_UP_CODED, TYPE, Bytes, VECTOR, BLOCKS, BM, (WM) * (WN), 2, 0},
-#define MPAD_DOWN_CODED(NAME, TYPE, VECTOR, BM, WM, WN, BLOCKS)                                    \
-    {#NAME, FAMILY_DOWN_CODED, TYPE, Bytes, VECTOR, BLOCKS, BM, (WM) * (WN), 2, 0},
+#define MPAD_CODES(NAME, TYPE, STAGE, CODE)                                                        \
+    {.symbol = #NAME, .family = FAMILY_CODES, .dtype = TYPE, .is_vector = CODE},
+#define MPAD_GATE_UP_CODED(NAME, TYPE, WEIGHTS, VECTOR, BM, WM, WN, BLOCKS)                        \
+    {#NAME, FAMILY_GATE_UP_CODED, TYPE, WEIGHTS, VECTOR, BLOCKS, BM, (WM) * (WN), 2, 0},
+#define MPAD_DOWN_CODED(NAME, TYPE, WEIGHTS, VECTOR, BM, WM, WN, BLOCKS)                           \
+    {#NAME, FAMILY_DOWN_CODED, TYPE, WEIGHTS, VECTOR, BLOCKS, BM, (WM) * (WN), 2, 0},
 #define MPAD_GATE_UP_BYTES_TILE(NAME, TYPE, BM, WM, WN, BLOCKS)                                    \
     {#NAME, FAMILY_GATE_UP_BYTES_TILE, TYPE, Bytes, true, BLOCKS, BM, (WM) * (WN), 2, 0},
 #define MPAD_DOWN_BYTES_TILE(NAME, TYPE, BM, WM, WN, BLOCKS)                                       \
@@ -116,6 +117,8 @@ static const struct {
     [MPAD_PART_F16_W4_PREFILL] = {"f16_w4_prefill", F16, Nibbles, true, false},
     [MPAD_PART_BF16_W8X8] = {"bf16_w8x8", Bf16, Bytes, true, true},
     [MPAD_PART_F16_W8X8] = {"f16_w8x8", F16, Bytes, true, true},
+    [MPAD_PART_BF16_W4X8] = {"bf16_w4x8", Bf16, Nibbles, true, true},
+    [MPAD_PART_F16_W4X8] = {"f16_w4x8", F16, Nibbles, true, true},
 };
 _Static_assert(sizeof(PARTS) / sizeof(PARTS[0]) == MPAD_PART_COUNT, "a row per part");
 
@@ -159,8 +162,9 @@ bool mpad_gpu_have_symbol(const mpad_gpu_target *target, int part, int variant)
     bool is_stream = v->family == FAMILY_GATE_UP_STREAM || v->family == FAMILY_DOWN_STREAM;
     bool is_in_part = v->bits == PARTS[part].bits && is_coded == PARTS[part].is_coded &&
                       (v->bits == Plain || is_stream != PARTS[part].is_prefill);
-    bool is_of_regime =
-        v->family != FAMILY_COMBINE || PARTS[part].is_prefill || PARTS[part].bits == Plain;
+    bool is_of_regime = v->family == FAMILY_COMBINE
+                            ? PARTS[part].is_prefill || PARTS[part].bits == Plain
+                            : !is_coded || PARTS[part].is_coded;
     return (!v->dtype || v->dtype == PARTS[part].dtype) && (!v->bits || is_in_part) &&
            is_of_regime && (target->have_wgmma || !is_warpgroup(v)) &&
            (target->have_tile || !is_tile) && (target->is_amd || !is_byte_tile(v));
@@ -623,7 +627,7 @@ static void plan_codes(const mpad_gpu_target *target, const mpad_moe *moe, int s
     codes->scale = workspace_take(plan, n_row * (n_k / 32 + 2) * 4); /* runs of 32 at least */
     int64_t n_task = n_row * codes->n_group, per_block = MPAD_CODES_THREADS / codes->n_lane;
     if (n_k > 0)
-        launch_add(target, plan, variant_find(FAMILY_CODES, (int)moe->dtype, Bytes, stage),
+        launch_add(target, plan, variant_find(FAMILY_CODES, (int)moe->dtype, 0, stage),
                    (n_task + per_block - 1) / per_block, MPAD_CODES_THREADS,
                    mpad_lds_codes(target->wave));
 }
@@ -824,6 +828,7 @@ void mpad_gpu_args_make(const mpad_gpu_plan *plan, const mpad_moe *moe, const vo
                         mpad_dtype n_token_type, void *workspace, mpad_gpu_args *args)
 {
     bool is_fnuz = moe->weight_dtype == MPAD_DTYPE_F8_E4M3FNUZ;
+    bool is_e2m1 = moe->input == MPAD_INPUT_MXFP4;
     *args = (mpad_gpu_args){
         .hidden = moe->hidden,
         .out = moe->out,
@@ -891,9 +896,14 @@ void mpad_gpu_args_make(const mpad_gpu_plan *plan, const mpad_moe *moe, const vo
         .x = codes_make(&plan->x, moe->x_scale, workspace),
         .h = codes_make(&plan->h, moe->h_scale, workspace),
         .code_largest = moe->input == MPAD_INPUT_INT8 ? 127
+                        : is_e2m1                     ? 6
                         : is_fnuz                     ? 240
                                                       : 448,
-        .code_least_exponent = is_fnuz ? -7 : -6,
+        .code_least_exponent = is_e2m1   ? 0
+                               : is_fnuz ? -7
+                                         : -6,
+        .code_mantissa = is_e2m1 ? 1 : 3,
+        .is_code_mx = input_is_mx(moe->input),
         .is_hidden_vector = is_16_byte(moe->hidden, moe->ld_hidden),
         .n_row_job = plan->n_row_job,
         .row_job_log2 = log2_of(plan->n_row_job),

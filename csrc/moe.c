@@ -164,6 +164,10 @@ static mpad_code check_input_scale(const mpad_moe_args *args, mpad_tensor tensor
     const char *name = TENSOR_NAMES[tensor];
     MPAD_REQUIRE(args->input != MPAD_INPUT_NONE, status, MPAD_VALUE,
                  "%s: expected None for quant_activations=\"none\"; name what it scales", name);
+    MPAD_REQUIRE(!input_is_mx(args->input), status, MPAD_VALUE,
+                 "%s: expected None for quant_activations=\"%s\", whose scales are of each 32 "
+                 "columns; leave it out",
+                 name, INPUTS[args->input]);
     MPAD_REQUIRE(view->dtype == MPAD_DTYPE_F32, status, MPAD_TYPE,
                  "%s: expected dtype f32, got %s; convert it with .astype or .to", name,
                  mpad_view_dtype_name(view));
@@ -182,13 +186,18 @@ static mpad_code check_input(const mpad_moe_args *args, mpad_status *status)
     const bool is_fp8 = args->quant == MPAD_QUANT_FP8_TENSOR ||
                         args->quant == MPAD_QUANT_FP8_CHANNEL ||
                         args->quant == MPAD_QUANT_FP8_BLOCK;
+    const bool is_mxfp8 = args->quant == MPAD_QUANT_MXFP8;
+    const bool is_mxfp4 = args->quant == MPAD_QUANT_MXFP4;
     const bool is_known = args->input == MPAD_INPUT_NONE ||
                           (args->input == MPAD_INPUT_FP8 && is_fp8) ||
-                          (args->input == MPAD_INPUT_INT8 && is_int8);
+                          (args->input == MPAD_INPUT_INT8 && is_int8) ||
+                          (args->input == MPAD_INPUT_MXFP8 && (is_mxfp8 || is_mxfp4)) ||
+                          (args->input == MPAD_INPUT_MXFP4 && is_mxfp4);
     MPAD_REQUIRE(is_known, status, MPAD_UNSUPPORTED,
                  "quant_activations: no kernel for \"%s\" with quant=\"%s\"; considered: \"fp8\" "
-                 "with fp8_tensor, fp8_channel or fp8_block, \"int8\" with int8_channel; leave it "
-                 "out for activations as they are",
+                 "with fp8_tensor, fp8_channel or fp8_block, \"int8\" with int8_channel, "
+                 "\"mxfp8\" with mxfp8 or mxfp4, \"mxfp4\" with mxfp4; leave it out for "
+                 "activations as they are",
                  INPUTS[args->input], kind->name);
     MPAD_TRY(check_input_scale(args, MPAD_TENSOR_X_SCALE, status));
     return check_input_scale(args, MPAD_TENSOR_H_SCALE, status);

@@ -50,11 +50,13 @@ typedef enum mpad_quant {
 } mpad_quant;
 
 /* X(NAME, "name"): what x and h are rounded to before they are multiplied. FP8 is e4m3fnuz where
- * the weights are, else e4m3fn. */
+ * the weights are, else e4m3fn. MXFP8 is e4m3fn, MXFP4 e2m1, their scales powers of two. */
 #define MPAD_INPUT_LIST(X)                                                                         \
     X(NONE, "none")                                                                                \
     X(FP8, "fp8")                                                                                  \
-    X(INT8, "int8")
+    X(INT8, "int8")                                                                                \
+    X(MXFP8, "mxfp8")                                                                              \
+    X(MXFP4, "mxfp4")
 
 typedef enum mpad_input {
 #define X(NAME, text) MPAD_INPUT_##NAME,
@@ -62,6 +64,11 @@ typedef enum mpad_input {
 #undef X
         MPAD_INPUT_COUNT
 } mpad_input;
+
+static inline bool input_is_mx(mpad_input input)
+{
+    return input == MPAD_INPUT_MXFP8 || input == MPAD_INPUT_MXFP4;
+}
 
 /* X(NAME, "name", may be gated, may be ungated) */
 #define MPAD_ACT_LIST(X)                                                                           \

@@ -1,6 +1,7 @@
 // Level 4: rows of x and h rounded for a product, to codes times scales (params.h: mpad_input).
 
 #include "route.h"
+#include "stored.h"
 #include "tile.h"
 
 // v times the reciprocal is a step away from v / scale at most; its remainder says which way. Both
@@ -18,11 +19,27 @@ DEV float code_nearest(const mpad_gpu_args &a, float v)
 {
     v = float_clamp(v, a.code_largest);
     int exponent = (int)(float_bits(v) >> 23 & 255u) - 127;
-    exponent = a.weight_values == MPAD_GPU_VALUES_INTEGER ? 3
+    exponent = a.weight_values == MPAD_GPU_VALUES_INTEGER ? a.code_mantissa
                : exponent < a.code_least_exponent         ? a.code_least_exponent
                                                           : exponent;
-    float unit = bits_float((u32)(exponent - 3 + 23 + 127) << 23 | 0x400000u); // 1.5 * 2^...
+    float unit =
+        bits_float((u32)(exponent - a.code_mantissa + 23 + 127) << 23 | 0x400000u); // 1.5 * 2^...
     return (v + unit) - unit;
+}
+
+// Scale of columns whose largest magnitude has the bits `largest`: over that of the format; of OCP
+// MX the quotient of their powers of two, after rounding to the format's mantissa, as e8m0 has it.
+// 2^128 then counts as less. NaN and infinity give NaN.
+DEV float code_scale(const mpad_gpu_args &a, u32 largest)
+{
+    if (!a.is_code_mx) {
+        float scale = bits_float(largest) / a.code_largest;
+        return scale == 0.f ? 1.f : scale;
+    }
+    int exponent = (int)((largest + (0x400000u >> a.code_mantissa)) >> 23);
+    exponent = exponent < 254 ? exponent : 254;
+    exponent -= (int)(float_bits(a.code_largest) >> 23) - 127;
+    return e8m0_value(largest >= 0x7f800000u ? 255u : exponent > 0 ? (u32)exponent : 0u);
 }
 
 // 8 codes from column `at` of a row on. A NaN's byte does not count: its row's scale is NaN.
@@ -124,8 +141,7 @@ DEV void codes_make(const mpad_gpu_args &a, const mpad_gpu_codes &to, const FROM
     if (row >= n_row)
         return;
 
-    float scale = bits_float(largest) / a.code_largest;
-    scale = scale == 0.f ? 1.f : scale;
+    float scale = code_scale(a, largest);
     if (to.fixed)
         scale = largest > 0x7f800000u ? bits_float(largest) : *to.fixed;
     if (lane == 0)

@@ -78,14 +78,14 @@ template <class T, class TILE> DEV void down_tile(const mpad_gpu_args &a)
         {                                                                                          \
             down_tile<TYPE, StoredTile<TYPE, WEIGHTS, VECTOR, BM, WM, WN, STAGES, false>>(a);      \
         }
-#    define MPAD_DOWN_CODED(NAME, TYPE, VECTOR, BM, WM, WN, BLOCKS)                                \
+#    define MPAD_DOWN_CODED(NAME, TYPE, WEIGHTS, VECTOR, BM, WM, WN, BLOCKS)                       \
         MPAD_KERNEL((WM) * (WN) * WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                    \
         {                                                                                          \
-            down_tile<TYPE, StoredTile<TYPE, Bytes, VECTOR, BM, WM, WN, 2, true>>(a);              \
+            down_tile<TYPE, StoredTile<TYPE, WEIGHTS, VECTOR, BM, WM, WN, 2, true>>(a);            \
         }
 #else
 #    define MPAD_DOWN_TILE(NAME, TYPE, WEIGHTS, VECTOR, BM, WM, WN, STAGES, BLOCKS)
-#    define MPAD_DOWN_CODED(NAME, TYPE, VECTOR, BM, WM, WN, BLOCKS)
+#    define MPAD_DOWN_CODED(NAME, TYPE, WEIGHTS, VECTOR, BM, WM, WN, BLOCKS)
 #endif
 #if MPAD_HAVE_BYTES_TILE
 #    define MPAD_DOWN_BYTES_TILE(NAME, TYPE, BM, WM, WN, BLOCKS)                                   \

@@ -117,6 +117,8 @@ template <class T, class W, bool VECTOR, int BM, int WM, int WN, int STAGES_WANT
         return tile_weights(stage + BM * 128, b_first(j, wave_id() % WN), step, (int)lane_id());
     }
     // sum += acc, as SUMS has it, times the scales of its rows of B and, with CODED, of A; acc = 0.
+    // Those of A come last: codes may be of numbers whose product with stored weights would
+    // overflow.
     template <class SUMS, bool CODED> DEV void fold(Acc (&sum)[TM][TN], Lds scales, Lds inputs)
     {
         int lane = (int)lane_id(), wn = wave_id() % WN;
@@ -126,9 +128,12 @@ template <class T, class W, bool VECTOR, int BM, int WM, int WN, int STAGES_WANT
             UNROLL for (int i = 0; i < TM; i++)
             {
                 float part = SUMS::value(acc[i][j].v[q]);
-                if constexpr (CODED)
-                    part *= lds_read<float>(inputs + (i * 16 + acc_token(q, lane)) * 4);
-                sum[i][j].v[q] = fused_mul_add(part, scale, sum[i][j].v[q]);
+                float last = scale;
+                if constexpr (CODED) {
+                    part *= scale;
+                    last = lds_read<float>(inputs + (i * 16 + acc_token(q, lane)) * 4);
+                }
+                sum[i][j].v[q] = fused_mul_add(part, last, sum[i][j].v[q]);
                 acc[i][j].v[q] = 0.f;
             }
         }

@@ -637,12 +637,40 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"quant_activations": "fp8"},
         moepad.UnsupportedError,
         r'quant_activations: no kernel for "fp8" with quant="none"; considered: "fp8" with '
-        r'fp8_tensor, fp8_channel or fp8_block, "int8" with int8_channel; .*',
+        r'fp8_tensor, fp8_channel or fp8_block, "int8" with int8_channel, "mxfp8" with mxfp8 or '
+        r'mxfp4, "mxfp4" with mxfp4; .*',
     ),
     "fp8 activations of int8": (
         quantised("int8_channel", quant_activations="fp8"),
         moepad.UnsupportedError,
         r'quant_activations: no kernel for "fp8" with quant="int8_channel"; .*',
+    ),
+    "mxfp8 activations of fp8": (
+        quantised("fp8_channel", quant_activations="mxfp8"),
+        moepad.UnsupportedError,
+        r'quant_activations: no kernel for "mxfp8" with quant="fp8_channel"; .*',
+    ),
+    "mxfp4 activations of mxfp8": (
+        quantised("mxfp8", quant_activations="mxfp4"),
+        moepad.UnsupportedError,
+        r'quant_activations: no kernel for "mxfp4" with quant="mxfp8"; .*',
+    ),
+    "fp8 activations of mxfp8": (
+        quantised("mxfp8", quant_activations="fp8"),
+        moepad.UnsupportedError,
+        r'quant_activations: no kernel for "fp8" with quant="mxfp8"; .*',
+    ),
+    "fixed scale of mxfp8 activations": (
+        quantised("mxfp4", quant_activations="mxfp8", x_scale=f32(1)),
+        ValueError,
+        r'x_scale: expected None for quant_activations="mxfp8", whose scales are of each 32 '
+        r"columns; leave it out",
+    ),
+    "fixed scale of mxfp4 activations": (
+        quantised("mxfp4", quant_activations="mxfp4", h_scale=f32(1)),
+        ValueError,
+        r'h_scale: expected None for quant_activations="mxfp4", whose scales are of each 32 '
+        r"columns; leave it out",
     ),
     "scale of activations that have none": (
         quantised("fp8_channel", x_scale=f32(1)),

@@ -23,16 +23,20 @@ TYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16)}
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of quantisation as a test has it; `options` are `quantise`'s."""
+    """A kind of quantisation as a test has it; `options` are `quantise`'s.
+
+    `input` is what activations are rounded to where a test has that; None: as the quant says.
+    """
 
     quant: str
     options: dict[str, Any] = field(default_factory=dict)
     phase: int = 0
+    input: str | None = None
 
     @property
     def name(self) -> str:
         more = [str(value).replace(" ", "") for value in self.options.values()]
-        return "-".join([self.quant, *more])
+        return "-".join([self.quant, *more, *([self.input] if self.input else [])])
 
     @property
     def call_options(self) -> dict[str, Any]:
@@ -237,19 +241,26 @@ def test_refused(kind: Kind, change: dict[str, Any], pattern: str, device: int) 
 CODED = [kind for kind in KINDS if kind.quant.startswith("fp8") or kind.quant == "int8_channel"]
 
 
+MX = [
+    Kind("mxfp8", input="mxfp8"),
+    Kind("mxfp4", input="mxfp8"),
+    Kind("mxfp4", input="mxfp4"),
+]
+
+
 def coded(kind: Kind) -> str:
-    return "int8" if kind.quant == "int8_channel" else "fp8"
+    return kind.input or ("int8" if kind.quant == "int8_channel" else "fp8")
 
 
-@pytest.mark.parametrize("kind", CODED, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", CODED + MX, ids=lambda kind: kind.name)
 def test_quantised_activations(kind: Kind, device: int) -> None:
     """Within tolerance of the specification, far nearer to it than to the result without, and
     nothing in a pad is read.
 
     Fixed scales take turns with those of the values.
     """
-    for turn, _, call in turns(kind, CODED, device):
-        check_coded(kind, call, device, is_fixed=turn % 3 == 0)
+    for turn, _, call in turns(kind, CODED + MX, device):
+        check_coded(kind, call, device, is_fixed=turn % 3 == 0 and not kind.input)
 
 
 def check_coded(kind: Kind, call: dict[str, Any], device: int, is_fixed: bool) -> list[str]:
@@ -298,7 +309,7 @@ def test_bytes_where_the_device_multiplies_them(kind: Kind, device: int) -> None
         assert sum(family in name for name in kernels) == 4  # two products, padded and not
 
 
-@pytest.mark.parametrize("kind", CODED, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", CODED + MX, ids=lambda kind: kind.name)
 def test_every_code_of_an_activation(kind: Kind, device: int) -> None:
     """Column n of out is the square of x[n], rounded to codes before and after; where a row has a
     NaN or an infinity all that shares its scale is NaN.
@@ -325,6 +336,46 @@ def test_every_code_of_an_activation(kind: Kind, device: int) -> None:
     result = run(call, device).astype(np.float64)
     np.testing.assert_array_equal(np.isnan(result), np.isnan(expected))
     np.testing.assert_allclose(result[[0, 2]], expected[[0, 2]], rtol=2**-7, atol=1e-30)
+
+
+@pytest.mark.parametrize("kind", MX, ids=lambda kind: kind.name)
+def test_mx_codes_are_exact(kind: Kind, device: int) -> None:
+    """Between identities, of x from the least bfloat16 to the largest: the specification's bits.
+
+    silu is exact where it is half of x, and where it is x or 0; 1.75, 1.875 and 2 are borders.
+    """
+    n = 64
+    rng = np.random.default_rng(3)
+    exponent = np.array([-133, -130, -127, -126, -125, -120, -119, -40, -30, 8, 60, 119, 126, 127])
+    x = np.ldexp(1 + rng.integers(0, 128, (len(exponent), n)) / 128, exponent[:, None])
+    x *= np.exp2(rng.integers(-6, 1, x.shape)) * rng.choice([-1, 1], x.shape)
+    x[:, 0] = np.ldexp(np.array([1, 1.75, 1.9375, 1.875])[np.arange(len(x)) % 4], exponent)
+    x[8:, 1:][np.abs(x[8:, 1:]) < 128] = 0
+    call = build(kind, "bf16", (len(x), 2, n, n), is_gated=False)
+    eye = np.stack([np.eye(n, dtype=np.float32)] * 2)
+    for name in ("w13", "w2"):
+        call[name], call[name + "_scale"] = quantise(eye, kind.quant)
+    call |= {
+        "hidden_states": x.astype(TYPES["bf16"]),
+        "topk_ids": np.zeros((len(x), 1), np.int32),
+        "topk_weights": np.ones((len(x), 1), np.float32),
+        "quant_activations": coded(kind),
+    }
+    with np.errstate(over="ignore"):
+        expected = reference.fused_moe(**call).astype(np.float32).astype(TYPES["bf16"])
+    assert np.isfinite(expected.astype(np.float32)).all() and expected[2:].any(axis=1).all()
+    np.testing.assert_array_equal(run(call, device), expected)
+
+
+@pytest.mark.parametrize("kind", MX, ids=lambda kind: kind.name)
+def test_mx_activations_with_biases(kind: Kind, device: int) -> None:
+    """swigluoai's up + 1 gives no column beyond the last one a value that a scale would show."""
+    call = build(kind, "bf16", SIZES[1])
+    rng = np.random.default_rng(4)
+    for name in ("w13", "w2"):
+        call[name + "_bias"] = rng.standard_normal(call[name].shape[:2], np.float32)
+    call |= {"activation": "swigluoai", "swiglu_limit": 7.0, "quant_activations": coded(kind)}
+    check_close(run(call, device), reference.fused_moe(**call), reference.naive(**call)[None])
 
 
 def test_quantised_activations_follow_the_tokens(device: int) -> None:

@@ -553,13 +553,27 @@ def test_unused_experts_are_not_read(isas: Isas) -> None:
 
 # ---- quantised activations ----
 
-QUANTISED_INPUTS: list[dict[str, Any]] = [
+SCALED_INPUTS: list[dict[str, Any]] = [
     {**form, "input": "int8" if form["quant"] == "int8_channel" else "fp8"}
     for form in FORMATS
     if form["quant"] in ("fp8_tensor", "fp8_channel", "fp8_block", "int8_channel")
 ]
-EACH_INPUT = pytest.mark.parametrize(
-    "form", QUANTISED_INPUTS, ids=lambda form: "-".join(str(part) for part in form.values())
+MX_INPUTS: list[dict[str, Any]] = [
+    {"quant": "mxfp8", "input": "mxfp8"},
+    {"quant": "mxfp4", "input": "mxfp8"},
+    {"quant": "mxfp4", "input": "mxfp4"},
+]
+QUANTISED_INPUTS = SCALED_INPUTS + MX_INPUTS
+
+
+def each(forms: list[dict[str, Any]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "form", forms, ids=lambda form: "-".join(str(part) for part in form.values())
+    )
+
+
+EACH_INPUT, EACH_SCALED_INPUT, EACH_MX_INPUT = map(
+    each, (QUANTISED_INPUTS, SCALED_INPUTS, MX_INPUTS)
 )
 
 
@@ -571,20 +585,32 @@ def input_call(form: dict[str, Any], dtype: str = "bf16", **sizes: Any) -> Call:
     return call
 
 
-@pytest.mark.parametrize("fixed", [False, True])
-@pytest.mark.parametrize(
+EACH_LAYER = pytest.mark.parametrize(
     "layer",
     [{}, {"activation": "relu2", "is_gated": False}, {"bias": "both"}, {"weight_on_input": True}],
     ids=["silu", "relu2", "bias", "weight_on_input"],
 )
+
+
+@EACH_LAYER
 @EACH_INPUT
-def test_quantised_activations(
-    form: dict[str, Any], layer: dict[str, Any], fixed: bool, isas: Isas
+def test_quantised_activations(form: dict[str, Any], layer: dict[str, Any], isas: Isas) -> None:
+    check_input(input_call(form, **layer), isas)
+
+
+@EACH_LAYER
+@EACH_SCALED_INPUT
+def test_fixed_scales_of_activations(
+    form: dict[str, Any], layer: dict[str, Any], isas: Isas
 ) -> None:
     call = input_call(form, **layer)
-    if fixed:
-        call.options["x_scale"] = np.array([0.01], np.float32)
-        call.options["h_scale"] = np.array([0.003], np.float32)
+    call.options["x_scale"] = np.array([0.01], np.float32)
+    call.options["h_scale"] = np.array([0.003], np.float32)
+    check_input(call, isas)
+
+
+def check_input(call: Call, isas: Isas) -> None:
+    """Right, not what it is without, and the same in pads of poison."""
     right = solution(call)
     exact = Call(*call.args, {**call.options, "quant_activations": "none"})
     for name in ("x_scale", "h_scale"):
@@ -606,7 +632,7 @@ def test_quantised_float16_activations(form: dict[str, Any], n_token: int, isas:
         check_close(call.run(moepad.fused_moe), *right)
 
 
-@EACH_INPUT
+@EACH_SCALED_INPUT
 @pytest.mark.parametrize("n_token", [1, 40])
 def test_quantised_float32_activations(form: dict[str, Any], n_token: int, isas: Isas) -> None:
     """Through an identity and at fixed powers of two h is exact, and so is the code it becomes."""
@@ -661,6 +687,150 @@ def test_groups_of_inputs_follow_the_scales_of_the_weights(isas: Isas) -> None:
     right = solution(call)
     for _ in isas():
         check_close(call.run(moepad.fused_moe), *right)
+
+
+@pytest.mark.parametrize("n_token", [1, 2, 31, 257])
+@pytest.mark.parametrize("n_inter", [1, 31, 33, 70, 200])
+@EACH_MX_INPUT
+def test_mx_activations_at_every_size(
+    form: dict[str, Any], n_inter: int, n_token: int, isas: Isas
+) -> None:
+    """A row's last group is of what columns there are: its scale is not that of a pad."""
+    layers: list[dict[str, Any]] = [
+        {},
+        {"activation": "swigluoai", "bias": "both", "swiglu_limit": 7.0},
+        {"activation": "relu2", "is_gated": False},
+    ]
+    layer = layers[(n_inter + n_token) % 3]
+    n_even = n_inter + (form["quant"] == "mxfp4" and n_inter % 2)
+    source = input_call(form, n_token=n_token, n_hidden=72, n_inter=n_even, **layer)
+    call = pad(source, n_even, n_inter=n_inter)
+    padded = pad(source, n_inter // 64 * 64 + 64, n_inter=n_inter, n_hidden_pad=96)
+    right = solution(call)
+    for _ in isas():
+        scratch = Guarded((padded.run(moepad.workspace_nbytes),), np.uint8)
+        out = call.run(moepad.fused_moe)
+        check_close(out, *right)
+        wide = padded.run(moepad.fused_moe, workspace=scratch.array)
+        scratch.check()
+        check_bits(np.ascontiguousarray(wide[:, :72]), out)
+
+
+def mx_codes(x: Array, form: dict[str, Any]) -> Array:
+    """Rows of x as codes times scales, by the bits of float32 as AITER's quantiser has them."""
+    is_fp4 = form["input"] == "mxfp4"
+    dtype: Any = ml_dtypes.float4_e2m1fn if is_fp4 else ml_dtypes.float8_e4m3fn
+    top, largest, half = (2, 6, 1 << 21) if is_fp4 else (8, 448, 1 << 19)
+    groups = x.reshape(len(x), -1, 32)
+    amax = np.abs(groups).max(axis=2, keepdims=True)
+    exponent = np.minimum(amax.view(np.int32) + half >> 23, 254) - 127
+    scale = np.ldexp(np.float32(1), np.maximum(exponent - top, -127))
+    codes = np.clip(groups / scale, -largest, largest).astype(dtype).astype(np.float32)
+    return (codes * scale).reshape(x.shape)
+
+
+def mx_identity(form: dict[str, Any], x: Array) -> Call:
+    """A call whose products are with identities: out is the code of the square of x's code."""
+    n_token, n = x.shape
+    call = input_call(form, "f32", n_token=n_token, n_hidden=n, n_inter=n, n_expert=1, n_topk=1,
+                      activation="relu2", is_gated=False)  # fmt: skip
+    call.hidden_states, call.topk_weights[...], call.topk_ids[...] = x, 1, 0
+    if form["quant"] == "mxfp4":
+        one = np.where(np.arange(n) % 2, 0x20, 0x02).astype(np.uint8)
+        for w in (call.w13, call.w2):
+            w[...] = 0
+            w[0, np.arange(n), np.arange(n) // 2] = one
+    else:
+        call.w13[...] = call.w2[...] = np.eye(n).astype(call.w13.dtype)
+    for name in ("w13_scale", "w2_scale"):
+        call.options[name].view(np.uint8)[...] = 127
+    return call
+
+
+@EACH_MX_INPUT
+def test_every_mx_code(form: dict[str, Any], isas: Isas) -> None:
+    """Every code, every border between two and its neighbours, at scales with any largest value:
+    powers of two, where the scale steps, and whatever clamps.
+    """
+    dtype: Any = ml_dtypes.float4_e2m1fn if form["input"] == "mxfp4" else ml_dtypes.float8_e4m3fn
+    codes = np.arange(16 if form["input"] == "mxfp4" else 256, dtype=np.uint8).view(dtype)
+    values = codes.astype(np.float32)
+    values = np.unique(values[np.isfinite(values)])
+    middle = (values[1:] + values[:-1]) / 2
+    near = [np.nextafter(middle, np.float32(side)) for side in (-np.inf, np.inf)]
+    values = np.concatenate([values, middle, *near]).astype(np.float32)
+    largest = values.max()
+    first = [largest, np.exp2(np.floor(np.log2(largest))), largest * 1.1]
+    first += [np.nextafter(step * first[1], np.float32(0)) for step in (1.75, 1.9375, 2)]
+    first += [1.75 * first[1], 1.9375 * first[1]]
+    values = np.concatenate([values, np.zeros(-len(values) % 31, np.float32)]).reshape(-1, 31)
+    rows = [np.insert(values, 0, np.float32(top), axis=1) for top in first]
+    x = np.concatenate(rows) * np.exp2(np.arange(len(rows) * len(values)) % 9 - 4.0)[:, None]
+    x = np.concatenate([x, np.zeros((-len(x) % 8, 32))]).astype(np.float32).reshape(-1, 256)
+    call = mx_identity(form, x)
+    expected = mx_codes(np.maximum(mx_codes(x, form), 0) ** 2, form)
+    check_bits(call.run(reference.fused_moe).astype(np.float32), expected)
+    for _ in isas():
+        check_bits(call.run(moepad.fused_moe), expected)
+
+
+@EACH_MX_INPUT
+def test_mx_scales_at_the_ends(form: dict[str, Any], isas: Isas) -> None:
+    """Zeros, subnormal values, those whose scale e8m0 has not, the largest float32."""
+    most = np.finfo(np.float32).max
+    amax = [0, 1e-45, 2.0**-133, 2.0**-127, 2.0**-126, 2.0**-119, 2.0**-118, 2.0**126, most]
+    x = np.zeros((len(amax), 64), np.float32)
+    x[:, 3], x[:, 4], x[:, 40] = amax, -np.array(amax) / 3, 1
+    call = mx_identity(form, x)
+    call.options |= {"activation": "silu"}
+    call.options["w2_scale"].view(np.uint8)[...] = 125
+    h = mx_codes(x, form)
+    with np.errstate(over="ignore"):
+        h = h / (1 + np.exp(-h.astype(np.float64)))
+    expected = mx_codes(h.astype(np.float32), form) / 4 + np.float32(0)  # sums have no -0
+    check_bits(call.run(reference.fused_moe).astype(np.float32), expected)
+    for _ in isas():
+        check_bits(call.run(moepad.fused_moe), expected)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@EACH_MX_INPUT
+def test_mx_activations_that_are_not_finite(form: dict[str, Any], bad: float, isas: Isas) -> None:
+    """The token's row is NaN, and no other; the specification says the same."""
+    call = input_call(form, n_token=40)
+    clean = Call(call.hidden_states.copy(), *call.args[1:], call.options)
+    call.hidden_states[7, 287] = bad
+    assert np.isnan(call.run(reference.fused_moe)[7]).all()
+    others = np.arange(40) != 7
+    for _ in isas():
+        out = call.run(moepad.fused_moe)
+        assert np.isnan(out[7].astype(np.float32)).all()
+        check_bits(out[others], clean.run(moepad.fused_moe)[others])
+
+
+@EACH_MX_INPUT
+def test_mx_codes_do_not_depend_on_the_cut(form: dict[str, Any], isas: Isas) -> None:
+    """Two ranks' results, cut where a plan cuts, are the sums that one rank has."""
+    call = input_call(form, "f32", n_inter=352, is_gated=False, activation="relu2")
+    plans = [moepad.plan(288, 352, 3, gated=False, quant=form["quant"], dtype="f32", tp_size=2,
+                         tp_rank=rank) for rank in (0, 1)]  # fmt: skip
+    pack = 2 if form["quant"] == "mxfp4" else 1
+    parts = []
+    for plan in plans:
+        at, group = slice(plan.start, plan.stop), slice(plan.start // 32, -(-plan.stop // 32))
+        scales = {"w13_scale": call.options["w13_scale"][:, at],
+                  "w2_scale": call.options["w2_scale"][:, :, group]}  # fmt: skip
+        w2 = call.w2[:, :, plan.start // pack : plan.stop // pack]
+        parts.append(Call(call.hidden_states, call.w13[:, at], w2, *call.args[3:],
+                          {**call.options, **scales}))  # fmt: skip
+    assert 0 < plans[0].stop < 352 and plans[1].stop == 352
+    whole = call.run(reference.fused_moe)
+    both = sum(part.run(reference.fused_moe) for part in parts)
+    np.testing.assert_allclose(both, whole, rtol=1e-12, atol=1e-12)
+    for part in parts:
+        right = solution(part)
+        for _ in isas():
+            check_close(part.run(moepad.fused_moe), *right)
 
 
 @EACH_INPUT

@@ -999,6 +999,22 @@ def test_call_with_input_scales(name: str, dtype: str) -> None:
         check_bits(call(**more), by_hand())
 
 
+@pytest.mark.parametrize(("name", "kind"), [("quark mxfp4", "mxfp4"), ("mxfp8", "mxfp8")])
+def test_mx_activations_take_no_input_scales(name: str, kind: str) -> None:
+    """Scales of their own kind, whatever the checkpoint has beside its weights."""
+    form = FORMATS[name]
+    sizes = sizes_of(form)
+    experts = moepad.load_experts(make(form, sizes)[1], PREFIX, moepad.plan(**sizes))
+    experts.x_scale = experts.h_scale = np.float32([0.5])
+    x, *routing = routed_to(sizes)
+    arrays, held = held_by(experts, *routing)
+    expected = moepad.fused_moe(x, *arrays, **held, quant_activations=kind)
+    check_bits(experts(x, *routing, quant_activations=kind), expected)
+    assert (expected != experts(x, *routing)).any()
+    with pytest.raises(ValueError, match=r"x_scale: expected None for quant_activations="):
+        experts(x, *routing, quant_activations=kind, x_scale=experts.x_scale)
+
+
 def test_fnuz_input_scales_give_the_same_range() -> None:
     """A code of e4m3fnuz is half of e4m3fn's of the same bits: what is not clipped, is the same."""
     sizes, tensors = make_static("quark fp8")

@@ -635,7 +635,7 @@ OPTIONS: dict[str, list[Any]] = {
     "w13_scale": [None, None, None, np.ones(E, np.float32)],
     "w2_scale": [None, None, None, np.ones(E, np.float32)],
     "scale_phase": [0, 0, 0, 32, 96, 1, -1, 2**62],
-    "quant_activations": ["none", "none", "fp8", "int8", "fp4"],
+    "quant_activations": ["none", "none", "fp8", "int8", "mxfp8", "mxfp4", "fp4"],
     "x_scale": [None, None, np.ones(1, np.float32), np.ones(2, np.float32)],
     "h_scale": [None, None, np.ones(1, np.float32), np.ones((), np.float32)],
     "swiglu_alpha": NUMBERS,

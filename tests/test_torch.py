@@ -253,14 +253,19 @@ def quantised_call(quant: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (x, *tensors, weights, ids), options
 
 
-@pytest.mark.parametrize("quant", STORED)
-def test_quantised(quant: str) -> None:
-    """The operator, eager and compiled, is the function, whatever the weights."""
+@pytest.mark.parametrize(
+    ("quant", "activations"),
+    [*((quant, "none") for quant in STORED), ("mxfp8", "mxfp8"), ("mxfp4", "mxfp4")],
+)
+def test_quantised(quant: str, activations: str) -> None:
+    """The operator, eager and compiled, is the function, whatever weights and activations."""
     tensors, options = quantised_call(quant)
+    options["quant_activations"] = activations
     block = {"block": tuple(options["block"])} if "block" in options else {}
     expected = moepad.fused_moe(*tensors, **{**options, **block})
     assert expected.float().abs().max() > 0
     assert bits_equal(fused_moe(*tensors, **options), expected)
+    torch.compiler.reset()  # compilations of one lambda have a limit
     compiled = torch.compile(
         lambda *call: fused_moe(*call, **options), backend="aot_eager", fullgraph=True
     )

@@ -34,9 +34,10 @@ ARCHS = AMD_ARCHS + NVIDIA_ARCHS
 # Element type, bits of a quantised weight and of quantised activations; MPAD_PART_* in
 # csrc/gpu_args.h.
 PARTS = (
-    "bf16", "f16", "bf16_w8", "f16_w8", "bf16_w4", "f16_w4", "bf16_w8_prefill", "f16_w8_prefill",
-    "bf16_w4_prefill", "f16_w4_prefill", "bf16_w8x8", "f16_w8x8",
-)  # fmt: skip
+    *("bf16", "f16", "bf16_w8", "f16_w8", "bf16_w4", "f16_w4"),
+    *("bf16_w8_prefill", "f16_w8_prefill", "bf16_w4_prefill", "f16_w4_prefill"),
+    *("bf16_w8x8", "f16_w8x8", "bf16_w4x8", "f16_w4x8"),
+)
 
 MAIN = "hip/moepad.hip"
 PACKAGE = Path(__file__).resolve().parent

@@ -170,12 +170,10 @@ class _Input(NamedTuple):
     code: FloatFormat | None  # None: int8
     group: int  # columns; 0: the whole row
     phase: int = 0  # how far inside its group column 0 lies
+    is_mx: bool = False  # scales are powers of two, e8m0
 
     def rounded(self, x: Array, scale: Array | None) -> NDArray[np.float64]:
-        """`x` as code times scale. All but that last product is float32 arithmetic.
-
-        A scale is the largest magnitude over the format's largest, or 1 where that is 0.
-        """
+        """`x` as code times scale. All but that last product is float32 arithmetic."""
         x = x.astype(np.float32)
         if scale is not None:
             return self._coded(x, np.asarray(scale, np.float32).reshape(()))
@@ -183,9 +181,25 @@ class _Input(NamedTuple):
         result = np.zeros(x.shape)
         for g in np.unique(group):
             columns = x[:, group == g]
-            dynamic = np.abs(columns).max(axis=1, keepdims=True) / np.float32(self._largest())
-            result[:, group == g] = self._coded(columns, np.where(dynamic == 0, 1, dynamic))
+            scale = self._scale(np.abs(columns).max(axis=1, keepdims=True))
+            result[:, group == g] = self._coded(columns, scale)
         return result
+
+    def _scale(self, amax: Array) -> Array:
+        """The scale of columns whose largest magnitude is `amax`.
+
+        It is `amax` over the format's largest value, or 1 where that is 0. Of OCP MX it is the
+        power of two of `amax`, rounded to the format's mantissa, half up, over that of the largest
+        value, within e8m0; `amax` of 2**128, which rounding may give, counts as what is below.
+        """
+        if not self.is_mx:
+            scale = amax / np.float32(self._largest())
+            return np.where(scale == 0, 1, scale)
+        assert self.code is not None
+        fraction, exponent = np.frexp(amax)
+        exponent = np.minimum(exponent + (fraction >= 1 - 2.0 ** -(self.code.n_mantissa + 2)), 128)
+        exponent = np.maximum(exponent - np.frexp(self._largest())[1], -127)
+        return np.where(np.isfinite(amax), np.ldexp(np.float32(1), exponent), np.nan)
 
     def _largest(self) -> float:
         if self.code is None:
@@ -209,9 +223,18 @@ def _inputs(
     """How x and h are rounded; None: not at all."""
     if quant_activations == "none":
         return None
-    kinds = {"fp8": ("fp8_tensor", "fp8_channel", "fp8_block"), "int8": ("int8_channel",)}
+    kinds = {
+        "fp8": ("fp8_tensor", "fp8_channel", "fp8_block"),
+        "int8": ("int8_channel",),
+        "mxfp8": ("mxfp8", "mxfp4"),
+        "mxfp4": ("mxfp4",),
+    }
     if quant not in kinds[quant_activations]:
         raise ValueError(f"quant_activations: {quant_activations} with {quant}")
+    if quant_activations.startswith("mx"):
+        mx = "float8_e4m3fn" if quant_activations == "mxfp8" else "float4_e2m1fn"
+        both = _Input(FLOAT_FORMATS[mx], 32, is_mx=True)
+        return both, both
     is_fnuz = weights.dtype.name == "float8_e4m3fnuz"
     name = "float8_e4m3fnuz" if is_fnuz else "float8_e4m3fn"
     code = FLOAT_FORMATS[name] if quant_activations == "fp8" else None
@@ -523,12 +546,14 @@ def fused_moe(
         Where the rows of gate and up lie: see `split_gate_up`.
     quant, w13_scale, w2_scale, block, scale_phase
         Of quantised weights: see `dequantise`.
-    quant_activations : "none", "fp8" or "int8"
+    quant_activations : "none", "fp8", "int8", "mxfp8" or "mxfp4"
         x and h are rounded before they are multiplied: to float8 e4m3 (fnuz with fnuz weights)
         with fp8_tensor, fp8_channel and fp8_block weights, to int8 with int8_channel. Of fp8_block
         the columns that share a column of scales of w13 or w2 have one scale, of others a row.
+        "mxfp8", of mxfp8 and mxfp4 weights, and "mxfp4", of the latter, are e4m3fn and e2m1 codes
+        with a power of two to each 32 columns.
     x_scale, h_scale : array of one, optional
-        Fixed scales in their place.
+        Fixed scales in their place; not of mxfp8 and mxfp4.
     w13_bias, w2_bias : array, [E, rows of w13] and [E, H_pad], optional
     swiglu_alpha, swiglu_limit : float, optional
         Before the activation of a gated layer, gate is clamped to at most the limit, up to

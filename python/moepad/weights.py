@@ -171,8 +171,9 @@ class Experts:
             Ids are those of the whole checkpoint, whatever experts this rank holds.
         **options
             Of `moepad.fused_moe`: `activation`, `swiglu_limit`, `out`, ... With
-            `quant_activations`, the scales are the checkpoint's `x_scale` and `h_scale` unless the
-            call names either: with `x_scale=None` they come from the values, as where it has none.
+            `quant_activations` "fp8" or "int8", the scales are the checkpoint's `x_scale` and
+            `h_scale` unless the call names either: with `x_scale=None` they come from the values,
+            as where it has none.
 
         Returns
         -------
@@ -189,7 +190,7 @@ class Experts:
             if plan.quant in ("fp8_block", "int4_group"):
                 options["block"] = plan.block
             is_named = "x_scale" in options or "h_scale" in options
-            if options.get("quant_activations", "none") != "none" and not is_named:
+            if options.get("quant_activations") in ("fp8", "int8") and not is_named:
                 options |= {"x_scale": self.x_scale, "h_scale": self.h_scale}
         return fused_moe(
             hidden_states,

@@ -158,6 +158,10 @@ static void quantise(mpad_moe *moe, mpad_quant quant, int64_t int4_group)
 /* x and h rounded to codes too; with some draws the columns' scales are by blocks. */
 static void quantise_input(mpad_moe *moe, uint64_t *random)
 {
+    if (moe->quant == MPAD_QUANT_MXFP4) {
+        moe->input = draw(random) & 1 ? MPAD_INPUT_MXFP8 : MPAD_INPUT_MXFP4;
+        return;
+    }
     bool is_integer = moe->quant == MPAD_QUANT_INT8_CHANNEL;
     moe->input = is_integer ? MPAD_INPUT_INT8 : MPAD_INPUT_FP8;
     if (is_integer || draw(random) & 1)
@@ -196,7 +200,8 @@ static void test_any_sizes(void)
         mpad_quant quant = QUANTS[draw_below(&random, 5)];
         if (quant != MPAD_QUANT_NONE)
             quantise(&moe, quant, INT64_C(32) << draw_below(&random, 3));
-        if ((quant == MPAD_QUANT_FP8_TENSOR || quant == MPAD_QUANT_INT8_CHANNEL) &&
+        if ((quant == MPAD_QUANT_FP8_TENSOR || quant == MPAD_QUANT_INT8_CHANNEL ||
+             quant == MPAD_QUANT_MXFP4) &&
             draw(&random) & 1)
             quantise_input(&moe, &random);
         mpad_gpu_plan plan, odd;
@@ -223,6 +228,31 @@ static void test_any_sizes(void)
         check_workspace(&moe, &odd);
         CHECK(odd.workspace_bytes == plan.workspace_bytes, "bytes depend on pointers: %lld, %lld",
               (long long)plan.workspace_bytes, (long long)odd.workspace_bytes);
+    }
+}
+
+/* Codes of OCP MX: one scale per 32 columns, the last ones of fewer; RDNA has no kernels. */
+static void test_mx_activations(void)
+{
+    for (int i = 0; i < N_ARCH; i++) {
+        uint64_t random = 1;
+        mpad_gpu_target target = target_of(ARCHS[i]);
+        mpad_moe moe = call_of(16, 8, 8, 264, 70, true);
+        quantise(&moe, MPAD_QUANT_MXFP4, 128);
+        quantise_input(&moe, &random);
+        mpad_gpu_plan plan;
+        mpad_status status;
+        mpad_code code = mpad_gpu_plan_make(&target, &moe, &plan, &status);
+        if (!target.have_tile) {
+            CHECK(code == MPAD_UNSUPPORTED && strstr(status.message, "quant_activations: on gfx1"),
+                  "%s", status.message);
+            continue;
+        }
+        CHECK(code == MPAD_OK && !plan.is_code_byte, "%s", target.name);
+        CHECK(plan.x.n_group == 9 && plan.h.n_group == 3, "groups: %d, %d", plan.x.n_group,
+              plan.h.n_group);
+        CHECK(plan.x.group_log2 == 5 && plan.x.phase == 0 && plan.h.n_lane == 4, "lanes: %d",
+              plan.h.n_lane);
     }
 }
 
@@ -358,6 +388,7 @@ static void test_refusals(void)
 
 int main(void)
 {
+    test_mx_activations();
     test_any_sizes();
     test_every_kernel_is_planned();
     test_regimes();
