@@ -11,16 +11,10 @@
 template <class T, class W, int N, int GROUPS, int STAGES>
 DEV void down_decoded(const mpad_gpu_args &a)
 {
-    args_prefetch(a);
-    launch_wait();
-    launch_release();
-    int n_run = (a.n_column_tile_down + a.run_down.n_tile - 1) / a.run_down.n_tile;
-    int j = (int)block_id() / n_run, first = ((int)block_id() - j * n_run) * a.run_down.n_tile;
-    if (j >= *a.n_job)
+    TileRun run;
+    if (!run_begin(a, a.run_down, a.n_column_tile_down, run))
         return;
-    int end = first + a.run_down.n_tile;
-    end = end < a.n_column_tile_down ? end : a.n_column_tile_down;
-    mpad_gpu_job job = a.job[j];
+    mpad_gpu_job job = run.job;
     DecodedRows weights = {(const char *)a.w2 + job.expert * a.w2_ld_expert,
                            a.w2_scale,
                            job.expert,
@@ -36,31 +30,19 @@ DEV void down_decoded(const mpad_gpu_args &a)
         int r = t.load_row(i);
         t.token_row(i, r < job.rows, (u32)r * (u32)a.ld_inter * 2);
     }
-    decoded_select<T, W, false>(a, a.w2_scale,
-                                [&](auto form) { t.template begin<decltype(form)>(first, end); });
-    NO_UNROLL for (int tile = first; tile < end; tile++)
+    decoded_select<T, W, false>(
+        a, a.w2_scale, [&](auto form) { t.template begin<decltype(form)>(run.tile, run.end); });
+    NO_UNROLL for (int tile = run.tile; tile < run.end; tile++)
     {
         decoded_select<T, W, false>(a, a.w2_scale,
                                     [&](auto form) { t.template next<decltype(form)>(); });
-        if (a.w2_bias) {
-            float bias[2];
-            UNROLL for (int h = 0; h < 2; h++)
-            {
-                int column = weights.column(tile, t.WAVES, h);
-                bias[h] = column < a.n_hidden ? w2_bias(a, job.expert, column) : 0.f;
-            }
-            UNROLL for (int e = 0; e < N / 2; e++) t.sums[e] += bias[e / 2 % 2];
-        }
-        if (!a.is_weight_on_input) {
-            UNROLL for (int e = 0; e < N / 2; e++)
-            {
-                int r = t.token_of(e);
-                t.sums[e] *= r < job.rows ? a.pair_weight[job.first + r] : 0.f;
-            }
-        }
+        if (a.w2_bias)
+            t.add_by_column(tile, [&](int column, int) { return w2_bias(a, job.expert, column); });
+        if (!a.is_weight_on_input)
+            t.weigh(a, job);
         // Lane q of four stores 8 columns of half q % 2, of the rows of tokens i + q / 2.
         int q = (int)(lane_id() & 3);
-        int column = weights.column(tile, t.WAVES, q & 1) - (int)(lane_id() >> 2);
+        int column = weights.column(tile, q & 1) - (int)(lane_id() >> 2);
         UNROLL for (int i = 0; i < N / 8; i += 2)
         {
             u32 w[4];
@@ -78,7 +60,7 @@ DEV void down_decoded(const mpad_gpu_args &a)
 }
 
 #    define MPAD_DOWN_DECODED(NAME, TYPE, WEIGHTS, ROWS, GROUPS, STAGES, BLOCKS)                   \
-        MPAD_KERNEL(8 * WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                              \
+        MPAD_KERNEL(DECODED_THREADS, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                       \
         {                                                                                          \
             down_decoded<TYPE, WEIGHTS, ROWS, GROUPS, STAGES>(a);                                  \
         }

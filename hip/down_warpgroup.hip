@@ -9,9 +9,9 @@
 
 // Grid: jobs at most times runs of column tiles of 128; block: a warpgroup for each 64 rows of a
 // job.
-template <class T, class TILE>
-DEV void down_run(const mpad_gpu_args &a, mpad_gpu_job job, int tile, int end)
+template <class T, class TILE> DEV void down_run(const mpad_gpu_args &a, const TileRun &run)
 {
+    mpad_gpu_job job = run.job;
     constexpr bool IS_PLAIN = TILE::IS_PLAIN;
     constexpr u32 TOKEN_ITEM = TILE::TOKEN_ITEM, ITEM = TILE::WEIGHT_ITEM;
     i64 ld = IS_PLAIN ? a.ld_inter : a.h.ld;
@@ -34,7 +34,7 @@ DEV void down_run(const mpad_gpu_args &a, mpad_gpu_job job, int tile, int end)
         if (r < job.rows && !IS_PLAIN)
             scales.token_at[i] = (job.first + r) * a.h.n_group;
     }
-    sums.run(a, weights, scales, tile, end, job.rows, [&](int t) {
+    sums.run(a, weights, scales, run.tile, run.end, job.rows, [&](int t) {
         int column0 = t * TILE_B;
         if (a.w2_bias) {
             UNROLL for (int e = 0; e < 64; e++)
@@ -60,37 +60,21 @@ DEV void down_run(const mpad_gpu_args &a, mpad_gpu_job job, int tile, int end)
     });
 }
 
-// RUN: calls down_run with the tile of the call's weights.
-template <class RUN> DEV void down_warpgroup(const mpad_gpu_args &a, RUN run)
-{
-    args_prefetch(a);
-    launch_wait();
-    launch_release();
-    int n_run = (a.n_column_tile_down + a.run_down.n_tile - 1) / a.run_down.n_tile;
-    int j = (int)block_id() / n_run, tile = ((int)block_id() - j * n_run) * a.run_down.n_tile;
-    if (j >= *a.n_job)
-        return;
-    int end = tile + a.run_down.n_tile;
-    end = end < a.n_column_tile_down ? end : a.n_column_tile_down;
-    run(a.job[j], tile, end);
-}
-
 #    define MPAD_DOWN_WARPGROUP(NAME, TYPE, WEIGHTS, BM, STAGES, BLOCKS)                           \
         MPAD_KERNEL((BM) / 64 * 4 * WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                  \
         {                                                                                          \
-            down_warpgroup(a, [&](mpad_gpu_job job, int tile, int end) {                           \
-                down_run<TYPE, typename WarpgroupTileOf<TYPE, WEIGHTS, BM, STAGES>::Tile>(         \
-                    a, job, tile, end);                                                            \
-            });                                                                                    \
+            TileRun run;                                                                           \
+            if (run_begin(a, a.run_down, a.n_column_tile_down, run))                               \
+                down_run<TYPE, typename WarpgroupTileOf<TYPE, WEIGHTS, BM, STAGES>::Tile>(a, run); \
         }
 #    define MPAD_DOWN_BYTES(NAME, TYPE, BM, STAGES, BLOCKS)                                        \
         MPAD_KERNEL((BM) / 64 * 4 * WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                  \
         {                                                                                          \
-            down_warpgroup(a, [&](mpad_gpu_job job, int tile, int end) {                           \
+            TileRun run;                                                                           \
+            if (run_begin(a, a.run_down, a.n_column_tile_down, run))                               \
                 bytes_select(a, [&](auto kind) {                                                   \
-                    down_run<TYPE, WarpgroupTile<decltype(kind), BM, STAGES>>(a, job, tile, end);  \
+                    down_run<TYPE, WarpgroupTile<decltype(kind), BM, STAGES>>(a, run);             \
                 });                                                                                \
-            });                                                                                    \
         }
 #else
 #    define MPAD_DOWN_WARPGROUP(NAME, TYPE, WEIGHTS, BM, STAGES, BLOCKS)

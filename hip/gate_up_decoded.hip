@@ -12,16 +12,10 @@
 template <class T, class W, int N, int GROUPS, int STAGES>
 DEV void gate_up_decoded(const mpad_gpu_args &a)
 {
-    args_prefetch(a);
-    launch_wait();
-    launch_release();
-    int n_run = (a.n_column_tile_gate_up + a.run_gate_up.n_tile - 1) / a.run_gate_up.n_tile;
-    int j = (int)block_id() / n_run, first = ((int)block_id() - j * n_run) * a.run_gate_up.n_tile;
-    if (j >= *a.n_job)
+    TileRun run;
+    if (!run_begin(a, a.run_gate_up, a.n_column_tile_gate_up, run))
         return;
-    int end = first + a.run_gate_up.n_tile;
-    end = end < a.n_column_tile_gate_up ? end : a.n_column_tile_gate_up;
-    mpad_gpu_job job = a.job[j];
+    mpad_gpu_job job = run.job;
     DecodedRows weights = {(const char *)a.w13 + job.expert * a.w13_ld_expert,
                            a.w13_scale,
                            job.expert,
@@ -37,29 +31,18 @@ DEV void gate_up_decoded(const mpad_gpu_args &a)
         int token = r < job.rows ? pair_token(a, a.perm[job.first + r]) : 0;
         t.token_row(i, r < job.rows, (u32)token * (u32)a.ld_hidden * 2);
     }
-    decoded_select<T, W, false>(a, a.w13_scale,
-                                [&](auto form) { t.template begin<decltype(form)>(first, end); });
-    NO_UNROLL for (int tile = first; tile < end; tile++)
+    decoded_select<T, W, false>(
+        a, a.w13_scale, [&](auto form) { t.template begin<decltype(form)>(run.tile, run.end); });
+    NO_UNROLL for (int tile = run.tile; tile < run.end; tile++)
     {
         decoded_select<T, W, false>(a, a.w13_scale,
                                     [&](auto form) { t.template next<decltype(form)>(); });
-        if (a.is_weight_on_input) {
-            UNROLL for (int e = 0; e < N / 2; e++)
-            {
-                int r = t.token_of(e);
-                t.sums[e] *= r < job.rows ? a.pair_weight[job.first + r] : 0.f;
-            }
-        }
-        if (a.w13_bias) {
-            float bias[2];
-            UNROLL for (int h = 0; h < 2; h++)
-            {
-                int column = weights.column(tile, t.WAVES, h);
-                bias[h] =
-                    column < a.n_inter ? w13_bias(a, job.expert, column, a.is_gated && h) : 0.f;
-            }
-            UNROLL for (int e = 0; e < N / 2; e++) t.sums[e] += bias[e / 2 % 2];
-        }
+        if (a.is_weight_on_input)
+            t.weigh(a, job);
+        if (a.w13_bias)
+            t.add_by_column(tile, [&](int column, int half) {
+                return w13_bias(a, job.expert, column, a.is_gated && half);
+            });
         activation_select(a, [&](auto act) {
             UNROLL for (int e = 0; e < N / 2; e++)
             {
@@ -71,8 +54,7 @@ DEV void gate_up_decoded(const mpad_gpu_args &a)
         });
         UNROLL for (int h = 0; h < 2; h++)
         {
-            int column =
-                weights.column(tile, t.WAVES, h) - (int)(lane_id() >> 2) + 2 * (int)(lane_id() & 3);
+            int column = weights.column(tile, h) - (int)(lane_id() >> 2) + 2 * (int)(lane_id() & 3);
             UNROLL for (int i = 0; i < N / 8; i++)
             {
                 u32 pair =
@@ -86,7 +68,7 @@ DEV void gate_up_decoded(const mpad_gpu_args &a)
 }
 
 #    define MPAD_GATE_UP_DECODED(NAME, TYPE, WEIGHTS, ROWS, GROUPS, STAGES, BLOCKS)                \
-        MPAD_KERNEL(8 * WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                              \
+        MPAD_KERNEL(DECODED_THREADS, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                       \
         {                                                                                          \
             gate_up_decoded<TYPE, WEIGHTS, ROWS, GROUPS, STAGES>(a);                               \
         }

@@ -10,9 +10,9 @@
 // Grid: jobs at most times runs of column tiles; block: a warpgroup for each 64 rows of a job. A
 // tile is 64 gate rows and the same 64 up rows of W13, or 128 rows where the layer is not gated: a
 // lane has the sums of gate and up of the same columns.
-template <class T, class TILE>
-DEV void gate_up_run(const mpad_gpu_args &a, mpad_gpu_job job, int tile, int end)
+template <class T, class TILE> DEV void gate_up_run(const mpad_gpu_args &a, const TileRun &run)
 {
+    mpad_gpu_job job = run.job;
     constexpr bool IS_PLAIN = TILE::IS_PLAIN;
     constexpr u32 ITEM = TILE::WEIGHT_ITEM;
     i64 ld = IS_PLAIN ? a.ld_hidden : a.x.ld;
@@ -37,7 +37,7 @@ DEV void gate_up_run(const mpad_gpu_args &a, mpad_gpu_job job, int tile, int end
         if (r < job.rows && !IS_PLAIN)
             scales.token_at[i] = pair_token(a, a.perm[job.first + r]) * a.x.n_group;
     }
-    sums.run(a, weights, scales, tile, end, job.rows, [&](int t) {
+    sums.run(a, weights, scales, run.tile, run.end, job.rows, [&](int t) {
         int column0 = t * weights.width;
         float weight[2] = {1.f, 1.f};
         UNROLL for (int i = 0; i < 2; i++)
@@ -92,38 +92,22 @@ DEV void gate_up_run(const mpad_gpu_args &a, mpad_gpu_job job, int tile, int end
     });
 }
 
-// RUN: calls gate_up_run with the tile of the call's weights.
-template <class RUN> DEV void gate_up_warpgroup(const mpad_gpu_args &a, RUN run)
-{
-    args_prefetch(a);
-    launch_wait();
-    launch_release();
-    int n_run = (a.n_column_tile_gate_up + a.run_gate_up.n_tile - 1) / a.run_gate_up.n_tile;
-    int j = (int)block_id() / n_run, tile = ((int)block_id() - j * n_run) * a.run_gate_up.n_tile;
-    if (j >= *a.n_job)
-        return;
-    int end = tile + a.run_gate_up.n_tile;
-    end = end < a.n_column_tile_gate_up ? end : a.n_column_tile_gate_up;
-    run(a.job[j], tile, end);
-}
-
 #    define MPAD_GATE_UP_WARPGROUP(NAME, TYPE, WEIGHTS, BM, STAGES, BLOCKS)                        \
         MPAD_KERNEL((BM) / 64 * 4 * WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                  \
         {                                                                                          \
-            gate_up_warpgroup(a, [&](mpad_gpu_job job, int tile, int end) {                        \
-                gate_up_run<TYPE, typename WarpgroupTileOf<TYPE, WEIGHTS, BM, STAGES>::Tile>(      \
-                    a, job, tile, end);                                                            \
-            });                                                                                    \
+            TileRun run;                                                                           \
+            if (run_begin(a, a.run_gate_up, a.n_column_tile_gate_up, run))                         \
+                gate_up_run<TYPE, typename WarpgroupTileOf<TYPE, WEIGHTS, BM, STAGES>::Tile>(a,    \
+                                                                                             run); \
         }
 #    define MPAD_GATE_UP_BYTES(NAME, TYPE, BM, STAGES, BLOCKS)                                     \
         MPAD_KERNEL((BM) / 64 * 4 * WAVE, BLOCKS) NAME(MPAD_ARGS mpad_gpu_args a)                  \
         {                                                                                          \
-            gate_up_warpgroup(a, [&](mpad_gpu_job job, int tile, int end) {                        \
+            TileRun run;                                                                           \
+            if (run_begin(a, a.run_gate_up, a.n_column_tile_gate_up, run))                         \
                 bytes_select(a, [&](auto kind) {                                                   \
-                    gate_up_run<TYPE, WarpgroupTile<decltype(kind), BM, STAGES>>(a, job, tile,     \
-                                                                                 end);             \
+                    gate_up_run<TYPE, WarpgroupTile<decltype(kind), BM, STAGES>>(a, run);          \
                 });                                                                                \
-            });                                                                                    \
         }
 #else
 #    define MPAD_GATE_UP_WARPGROUP(NAME, TYPE, WEIGHTS, BM, STAGES, BLOCKS)

@@ -14,6 +14,28 @@ DEV int token_count(const mpad_gpu_args &a)
     return n < 0 ? 0 : n < a.n_token ? (int)n : a.n_token;
 }
 
+// Column tiles [tile, end) of one job.
+struct TileRun {
+    mpad_gpu_job job;
+    int tile, end;
+};
+// Begins a block of a kernel whose blocks take runs of a job's `n_tile` column tiles; false: there
+// are fewer jobs than the grid has room for.
+DEV bool run_begin(const mpad_gpu_args &a, const mpad_gpu_tile_run &of, int n_tile, TileRun &run)
+{
+    args_prefetch(a);
+    launch_wait();
+    launch_release();
+    int n_run = (n_tile + of.n_tile - 1) / of.n_tile, j = (int)block_id() / n_run;
+    if (j >= *a.n_job)
+        return false;
+    run.job = a.job[j];
+    run.tile = ((int)block_id() - j * n_run) * of.n_tile;
+    run.end = run.tile + of.n_tile;
+    run.end = run.end < n_tile ? run.end : n_tile;
+    return true;
+}
+
 // p / n_topk, by the reciprocal rounded up: exact for p * n_topk < 2^32.
 DEV int pair_token(const mpad_gpu_args &a, int p)
 {

@@ -9,6 +9,8 @@
 
 #if MPAD_HAVE_WGMMA
 
+constexpr int DECODED_WAVES = 8, DECODED_THREADS = DECODED_WAVES * WAVE; // of a block
+
 // Two rows of weights per lane, `half` 0 and 1: of a gated layer's first product a gate row and the
 // up row of the same column, else rows that are 8 apart.
 struct DecodedRows {
@@ -17,15 +19,10 @@ struct DecodedRows {
     int expert, n; // rows that exist, of a half
     u32 ld, up;    // bytes
     bool is_gated;
-    // Columns of the product that a tile of `n_wave` waves has.
-    static DEV int width(bool gated, int n_wave)
+    DEV int column(int tile, int half) const
     {
-        return n_wave * (gated ? 8 : 16);
-    }
-    DEV int column(int tile, int n_wave, int half) const
-    {
-        return tile * width(is_gated, n_wave) + wave_id() * (is_gated ? 8 : 16) +
-               (is_gated ? 0 : half * 8) + (int)(lane_id() >> 2);
+        return tile * (is_gated ? DECODED_WAVES * 8 : DECODED_WAVES * 16) +
+               wave_id() * (is_gated ? 8 : 16) + (is_gated ? 0 : half * 8) + (int)(lane_id() >> 2);
     }
     DEV u32 at(int column, int half) const
     {
@@ -41,7 +38,7 @@ struct DecodedRows {
 // where the tiles of a run share them, all k of theirs; then stages of weights, where each thread
 // finds what it loaded.
 template <class T, class W, int N, int GROUPS, int STAGES> struct DecodedTile {
-    static constexpr int WAVES = 8, THREADS = WAVES * WAVE;
+    static constexpr int THREADS = DECODED_THREADS;
     // Of a group: 128 bytes of a row of tokens; 16 k, which one instruction takes.
     static constexpr int SUB = 8 / W::BITS, STEPS = 4 * SUB;
     static constexpr int GROUP_K = 64 * SUB, STAGE_K = GROUPS * GROUP_K;
@@ -56,11 +53,11 @@ template <class T, class W, int N, int GROUPS, int STAGES> struct DecodedTile {
 
     const mpad_gpu_args &args;
     DecodedRows weights;
-    Buffer tokens;
+    const char *tokens;
     u32 token_at[LOADS], token_ok; // bytes: the thread's chunks of tokens; one bit each
     bool is_shared;
     int k, n_stage, n_token_stage, tile_first, tile_end;
-    int tile, kt, slot; // of the stage that is multiplied
+    int tile, slot; // of the stage that is multiplied
     // Where the next stage to be loaded is: the lane's bytes of its two rows, and how many are
     // left.
     int ahead_tile, ahead_kt, ahead_left[2];
@@ -73,7 +70,7 @@ template <class T, class W, int N, int GROUPS, int STAGES> struct DecodedTile {
 
     DEV DecodedTile(const mpad_gpu_args &a, const DecodedRows &rows, const void *of_tokens, int n_k,
                     bool shared)
-        : args(a), weights(rows), tokens{(const char *)of_tokens}, token_ok(0), is_shared(shared),
+        : args(a), weights(rows), tokens((const char *)of_tokens), token_ok(0), is_shared(shared),
           k(n_k)
     {
         n_stage = k > 0 ? (k + STAGE_K - 1) / STAGE_K : 1; // without k the sums are zeros
@@ -114,7 +111,7 @@ template <class T, class W, int N, int GROUPS, int STAGES> struct DecodedTile {
     {
         Lds stage = token_stage(to_slot, ahead_kt);
         int left = k - ahead_kt * STAGE_K;
-        const char *from = tokens.base + ahead_kt * STAGE_K * 2;
+        const char *from = tokens + ahead_kt * STAGE_K * 2;
         UNROLL for (int i = 0; i < LOADS; i++)
         {
             int r = load_row(i), c = load_chunk(i);
@@ -142,7 +139,7 @@ template <class T, class W, int N, int GROUPS, int STAGES> struct DecodedTile {
         int at = (int)(lane_id() & 3) * 16;
         UNROLL for (int h = 0; h < 2; h++)
         {
-            int column = weights.column(ahead_tile, WAVES, h);
+            int column = weights.column(ahead_tile, h);
             bool ok = column < weights.n;
             ahead_from[h] = weights.data + (ok ? weights.at(column, h) + (u32)at : 0);
             ahead_left[h] = ok ? k / 8 * W::BITS - at : 0;
@@ -174,7 +171,7 @@ template <class T, class W, int N, int GROUPS, int STAGES> struct DecodedTile {
     {
         UNROLL for (int h = 0; h < 2; h++)
         {
-            int column = weights.column(scale_tile, WAVES, h);
+            int column = weights.column(scale_tile, h);
             scale_ok[h] = scale_tile < tile_end && column < weights.n;
             scale_from[h] = weights.scale_at(scale_ok[h] ? column : 0, h);
         }
@@ -224,7 +221,7 @@ template <class T, class W, int N, int GROUPS, int STAGES> struct DecodedTile {
     {
         tile = ahead_tile = scale_tile = tile_first = first;
         tile_end = end;
-        kt = slot = scale_kt = 0;
+        slot = scale_kt = 0;
         ahead_begin();
         UNROLL for (int i = 0; i < STAGES - 1; i++) stage_ahead(i);
         scales_begin();
@@ -242,7 +239,7 @@ template <class T, class W, int N, int GROUPS, int STAGES> struct DecodedTile {
         bool ok[2];
         UNROLL for (int h = 0; h < 2; h++)
         {
-            int column = weights.column(tile, WAVES, h);
+            int column = weights.column(tile, h);
             ok[h] = column < weights.n;
             scale_row_at[h] = weights.scale_at(ok[h] ? column : 0, h);
             if (FORM::scale == SCALE_ROW && ok[h])
@@ -250,7 +247,7 @@ template <class T, class W, int N, int GROUPS, int STAGES> struct DecodedTile {
                     scale_value(weights.scale, scale_load(weights.scale, scale_row_at[h], 0, true));
         }
         UNROLL for (int e = 0; e < N / 2; e++) sums[e] = 0.f;
-        int block = 1 << weights.scale.column_log2;
+        int block = 1 << weights.scale.column_log2, kt = 0;
         auto step = [&](const Rows &now, Rows &next_rows) {
             // The stage's tokens are there for all; the stage before was multiplied by all. Weights
             // are the thread's own.
@@ -309,7 +306,6 @@ template <class T, class W, int N, int GROUPS, int STAGES> struct DecodedTile {
         // Two operands in turn: what instructions on their way read is not written. A copy of one
         // to the other would make the compiler wait for each instruction.
         Rows other;
-        kt = 0;
         NO_UNROLL while (true)
         {
             step(rows, other);
@@ -325,6 +321,26 @@ template <class T, class W, int N, int GROUPS, int STAGES> struct DecodedTile {
             UNROLL for (int e = 0; e < N / 2; e++) sums[e] *= of_row[e / 2 % 2];
         }
         tile++;
+    }
+    // Sums times the routed weights of their tokens.
+    DEV void weigh(const mpad_gpu_args &a, const mpad_gpu_job &job)
+    {
+        UNROLL for (int e = 0; e < N / 2; e++)
+        {
+            int r = token_of(e);
+            sums[e] *= r < job.rows ? a.pair_weight[job.first + r] : 0.f;
+        }
+    }
+    // Adds value(column, half) to the sums of each of the tile's columns.
+    template <class VALUE> DEV void add_by_column(int of_tile, VALUE value)
+    {
+        float v[2];
+        UNROLL for (int h = 0; h < 2; h++)
+        {
+            int column = weights.column(of_tile, h);
+            v[h] = column < weights.n ? value(column, h) : 0.f;
+        }
+        UNROLL for (int e = 0; e < N / 2; e++) sums[e] += v[e / 2 % 2];
     }
 };
 
