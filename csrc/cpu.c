@@ -270,28 +270,9 @@ static int64_t rows_bytes(const mpad_cpu_rows *rows)
 
 /* ---- quantised activations ---- */
 
-/* The format x and h are rounded to: its largest value, and, but for int8, the exponent of its
- * smallest normal value and its bits of mantissa. */
-typedef struct input_format {
-    float largest;
-    int smallest_exponent, n_mantissa;
-    bool is_integer;
-} input_format;
-
-static input_format input_format_of(const mpad_moe *moe)
-{
-    if (moe->input == MPAD_INPUT_INT8)
-        return (input_format){.largest = 127, .is_integer = true};
-    if (moe->input == MPAD_INPUT_MXFP4)
-        return (input_format){.largest = 6, .smallest_exponent = 0, .n_mantissa = 1};
-    if (moe->weight_dtype == MPAD_DTYPE_F8_E4M3FNUZ)
-        return (input_format){.largest = 240, .smallest_exponent = -7, .n_mantissa = 3};
-    return (input_format){.largest = 448, .smallest_exponent = -6, .n_mantissa = 3};
-}
-
 /* The nearest value of the format, even codes where two are; NaN stays. Adding and subtracting a
  * number whose last bit weighs as much as the format's last bit at v rounds to it. */
-static float code_nearest(float v, const input_format *format)
+static float code_nearest(float v, const mpad_input_format *format)
 {
     if (isnan(v))
         return v;
@@ -308,7 +289,7 @@ static float code_nearest(float v, const input_format *format)
 }
 
 /* Scale of the columns whose largest magnitude is `largest`, as the format has it: a quotient. */
-static float quotient_scale(float largest, const input_format *format)
+static float quotient_scale(float largest, const mpad_input_format *format)
 {
     const float scale = largest / format->largest;
     return scale == 0 ? 1 : scale;
@@ -316,7 +297,7 @@ static float quotient_scale(float largest, const input_format *format)
 
 /* The same of OCP MX: the power of two of `largest`, rounded to the format's mantissa, over that of
  * the format's largest value. One e8m0 holds, with which no code times it overflows; else NaN. */
-static float mx_scale(float largest, const input_format *format)
+static float mx_scale(float largest, const mpad_input_format *format)
 {
     int exponent, top;
     frexpf(format->largest, &top);
@@ -333,7 +314,7 @@ static float mx_scale(float largest, const input_format *format)
 static void quantise_row(const mpad_moe *moe, float *row, int64_t n_k, const mpad_scale *weights,
                          const float *fixed)
 {
-    const input_format format = input_format_of(moe);
+    const mpad_input_format format = input_format_of(moe);
     const bool is_grouped = weights->ld_column != 0 && !fixed;
     for (int64_t k = 0, end; k < n_k; k = end) {
         const int64_t block = weights->block_column, phase = weights->column_phase;

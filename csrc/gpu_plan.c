@@ -551,18 +551,20 @@ static int tile_find(enum family family, int dtype, int bits, int is_vector, int
     return best;
 }
 
-/* Columns of a stage of the warpgroup kernels, and its LDS. */
+/* Columns of a stage of the warpgroup kernels, and their LDS. */
 static int stage_columns(const variant *v)
 {
-    return is_decoded(v) ? v->groups * 512 / v->bits : v->family >= FAMILY_GATE_UP_BYTES ? 128 : 64;
+    if (is_decoded(v))
+        return v->groups * 512 / v->bits;
+    return v->family >= FAMILY_GATE_UP_BYTES ? 128 : 64;
 }
 
 static int lds_warpgroup(const variant *v, int n_token_stage)
 {
-    return is_decoded(v)
-               ? mpad_lds_decoded(v->rows, v->bits, v->groups, v->stages, n_token_stage)
-               : mpad_lds_warpgroup(v->rows, v->family >= FAMILY_GATE_UP_BYTES ? 128 : 8 * v->bits,
-                                    v->stages, n_token_stage);
+    if (is_decoded(v))
+        return mpad_lds_decoded(v->rows, v->bits, v->groups, v->stages, n_token_stage);
+    int n_byte = stage_columns(v) * v->bits / 8;
+    return mpad_lds_warpgroup(v->rows, n_byte, v->stages, n_token_stage);
 }
 
 /* Where k is so short that beginning and end of a block take as long as its products, a block of
@@ -827,8 +829,7 @@ static mpad_gpu_scale scale_make(const mpad_scale *scale)
 void mpad_gpu_args_make(const mpad_gpu_plan *plan, const mpad_moe *moe, const void *n_token_d,
                         mpad_dtype n_token_type, void *workspace, mpad_gpu_args *args)
 {
-    bool is_fnuz = moe->weight_dtype == MPAD_DTYPE_F8_E4M3FNUZ;
-    bool is_e2m1 = moe->input == MPAD_INPUT_MXFP4;
+    mpad_input_format code = input_format_of(moe);
     *args = (mpad_gpu_args){
         .hidden = moe->hidden,
         .out = moe->out,
@@ -895,14 +896,9 @@ void mpad_gpu_args_make(const mpad_gpu_plan *plan, const mpad_moe *moe, const vo
         .is_code_byte = plan->is_code_byte,
         .x = codes_make(&plan->x, moe->x_scale, workspace),
         .h = codes_make(&plan->h, moe->h_scale, workspace),
-        .code_largest = moe->input == MPAD_INPUT_INT8 ? 127
-                        : is_e2m1                     ? 6
-                        : is_fnuz                     ? 240
-                                                      : 448,
-        .code_least_exponent = is_e2m1   ? 0
-                               : is_fnuz ? -7
-                                         : -6,
-        .code_mantissa = is_e2m1 ? 1 : 3,
+        .code_largest = code.largest,
+        .code_least_exponent = code.smallest_exponent,
+        .code_mantissa = code.n_mantissa,
         .is_code_mx = input_is_mx(moe->input),
         .is_hidden_vector = is_16_byte(moe->hidden, moe->ld_hidden),
         .n_row_job = plan->n_row_job,

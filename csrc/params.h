@@ -180,4 +180,23 @@ typedef struct mpad_moe {
     mpad_dtype expert_map_dtype;
 } mpad_moe;
 
+/* The format x and h are rounded to: its largest value, and, but for int8, the exponent of its
+ * smallest normal value and its bits of mantissa. */
+typedef struct mpad_input_format {
+    float largest;
+    int smallest_exponent, n_mantissa;
+    bool is_integer;
+} mpad_input_format;
+
+static inline mpad_input_format input_format_of(const mpad_moe *moe)
+{
+    if (moe->input == MPAD_INPUT_INT8)
+        return (mpad_input_format){.largest = 127, .is_integer = true};
+    if (moe->input == MPAD_INPUT_MXFP4)
+        return (mpad_input_format){.largest = 6, .smallest_exponent = 0, .n_mantissa = 1};
+    if (moe->weight_dtype == MPAD_DTYPE_F8_E4M3FNUZ)
+        return (mpad_input_format){.largest = 240, .smallest_exponent = -7, .n_mantissa = 3};
+    return (mpad_input_format){.largest = 448, .smallest_exponent = -6, .n_mantissa = 3};
+}
+
 #endif
