@@ -89,6 +89,13 @@ def to_host(tensor: torch.Tensor, dtype: np.dtype[Any]) -> np.ndarray:
     return tensor.cpu().numpy()
 
 
+def stored_to_host(tensor: torch.Tensor) -> np.ndarray:
+    """Stored weights and scales; what NumPy has no type for, as ml_dtypes has it."""
+    if tensor.dtype == torch.float8_e4m3fn:
+        return tensor.view(torch.uint8).cpu().numpy().view(ml_dtypes.float8_e4m3fn)
+    return tensor.cpu().numpy()
+
+
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.int16)
 
@@ -379,25 +386,16 @@ class Layer:
         )  # fmt: skip
         return out
 
-    def halves(self, name: str, expert: int, n: int) -> torch.Tensor:
-        """An expert's weights in float64, [n, rows, columns], times their scales."""
-        weights = self.copies[0][name][expert]
-        if self.bits == 4:
-            values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=DEVICE)
-            codes = torch.stack([weights & 15, weights >> 4], -1).flatten(-2).long()
-            weights = torch.cat([values, -values])[codes]
-        weights = weights.double().view(n, -1, weights.shape[-1])
+    def expert(self, e: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """An expert's w13 and w2 in float64, in elements."""
+        copy, n = self.copies[0], self.shape.n_inter
         if self.quant == "none":
-            return weights
-        scale = self.copies[0][f"{name}_scale"][expert]
-        if self.quant.startswith("mx"):
-            scale = torch.exp2(scale.double() - 127)
-        scale = scale.double().view(n, -1, scale.shape[-1] if scale.dim() > 1 else 1)
-        block = moepad.plan(*self.shape[1:3], self.shape.n_expert, quant=self.quant).block
-        for axis, length in zip((1, 2), block, strict=True):
-            scale = scale.repeat_interleave(length, axis) if scale.shape[axis] > 1 else scale
-            scale = scale[:, : weights.shape[1]] if axis == 1 else scale[:, :, : weights.shape[2]]
-        return weights * scale
+            return copy["w13"][e].double(), copy["w2"][e, :, :n].double()
+        named = ("w13", "w2", "w13_scale", "w2_scale")
+        arrays = [stored_to_host(copy[name][e : e + 1]) for name in named]
+        both = reference.dequantise(*arrays, quant=self.quant, n_inter=n)
+        w13, w2 = (torch.from_numpy(weights[0]).to(DEVICE) for weights in both)
+        return w13, w2[:, :n]
 
     def exact(self, part: slice) -> torch.Tensor:
         """The same in float64."""
@@ -407,9 +405,10 @@ class Layer:
         ):
             total = torch.zeros_like(x)
             for weight, e in zip(weights.double(), ids.tolist(), strict=True):
-                gate, up = (half @ x for half in self.halves("w13", e, 2)[:, :n])
-                h = torch.nn.functional.silu(gate) * up
-                total += weight * (self.halves("w2", e, 1)[0, :, :n] @ h)
+                w13, w2 = self.expert(e)
+                both = w13 @ x
+                h = torch.nn.functional.silu(both[:n]) * both[len(both) // 2 :][:n]
+                total += weight * (w2 @ h)
             rows.append(total)
         return torch.stack(rows)
 
